@@ -1,0 +1,137 @@
+"""The only place that knows a file name under an orch root or inside a run directory (PROTOCOLS 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RootPaths:
+    """Layout of an orch root, shared by all runs."""
+
+    root: Path
+
+    @property
+    def code(self) -> Path:
+        return self.root / "code"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    @property
+    def sweeps(self) -> Path:
+        return self.root / "sweeps"
+
+    def snapshot(self, code_hash: str) -> Path:
+        return self.code / code_hash
+
+    def run(self, run_id: str) -> RunPaths:
+        return RunPaths(self.runs / run_id)
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """Layout of one run directory. Each file has one owner; see PROTOCOLS 2."""
+
+    run_dir: Path
+
+    # --- written by `orch submit`
+    @property
+    def spec(self) -> Path:
+        return self.run_dir / "spec.yaml"
+
+    @property
+    def plan_dir(self) -> Path:
+        return self.run_dir / "plan"
+
+    @property
+    def script(self) -> Path:
+        """The exact bytes given to sbatch (Slurm)."""
+        return self.plan_dir / "submit.sbatch"
+
+    @property
+    def agent_plan(self) -> Path:
+        """What the agent on each node reads: program, container, torchrun, caps (JSON, no secrets)."""
+        return self.plan_dir / "agent.json"
+
+    @property
+    def submit_lock(self) -> Path:
+        return self.run_dir / ".submit.lock"
+
+    @property
+    def secrets(self) -> Path:
+        return self.run_dir / "secrets.json"
+
+    # --- owner: the agent of node 0
+    @property
+    def sidecar(self) -> Path:
+        return self.run_dir / "sidecar.json"
+
+    @property
+    def local_agent(self) -> Path:
+        """pid and start time of a local run's agent."""
+        return self.run_dir / "local-agent.json"
+
+    # --- owner: people
+    @property
+    def labels(self) -> Path:
+        return self.run_dir / "labels.json"
+
+    @property
+    def tombstone(self) -> Path:
+        return self.run_dir / "cancelled"
+
+    # --- owner: rank 0
+    @property
+    def progress(self) -> Path:
+        return self.run_dir / "progress.json"
+
+    @property
+    def heartbeat(self) -> Path:
+        return self.run_dir / "heartbeat"
+
+    @property
+    def metrics(self) -> Path:
+        return self.run_dir / "metrics.csv"
+
+    @property
+    def environment(self) -> Path:
+        return self.run_dir / "environment.json"
+
+    @property
+    def train_log(self) -> Path:
+        return self.run_dir / "train.log"
+
+    def verdict(self, attempt: int, rank: int | None = None) -> Path:
+        """Rank 0's verdict of an attempt, or a failing rank's own."""
+        suffix = "" if rank is None else f".rank{rank}"
+        return self.run_dir / f"verdict-{attempt:03d}{suffix}.json"
+
+    # --- one file per writer
+    @property
+    def events_dir(self) -> Path:
+        return self.run_dir / "events"
+
+    def events(self, writer: str) -> Path:
+        return self.events_dir / f"{writer}.jsonl"
+
+    def logs(self, attempt: int) -> Path:
+        return self.run_dir / "logs" / f"attempt-{attempt:03d}"
+
+    def node_log(self, attempt: int, node: int) -> Path:
+        return self.logs(attempt) / f"node-{node}.log"
+
+    def rank_log(self, attempt: int, rank: int) -> Path:
+        return self.logs(attempt) / f"rank-{rank}.log"
+
+    @property
+    def scheduler_log(self) -> Path:
+        """Output of the batch script itself."""
+        return self.run_dir / "logs" / "batch.log"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Default of `checkpoint.uri`."""
+        return self.run_dir / "checkpoints"
