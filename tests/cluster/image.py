@@ -1,0 +1,2 @@
+def ensure_image(env):
+    return None

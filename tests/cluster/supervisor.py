@@ -1,0 +1,242 @@
+"""The process that owns the cluster: parent of every daemon, reachable through one socket, ends everything when it ends.
+
+It is a process of its own, so that the cluster dies with pytest however pytest dies: its standard input is a leash.
+Requests are one JSON line each on `<directory>/control`: {"op": "status" | "start" | "stop", "name": …, "signal": …}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import tempfile
+import time
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from tests.cluster import database, engine, image, slurm
+from tests.cluster.service import (
+    ClusterError,
+    Service,
+    adopt_orphans,
+    call,
+    end_descendants,
+    free_port,
+    reap,
+    remove_tree,
+)
+
+
+class Supervisor:
+    """Starts, answers for and ends the daemons of one cluster."""
+
+    def __init__(self, directory: Path, *, accounting: bool, docker: bool, with_image: bool, extra_conf: str) -> None:
+        self.directory = directory
+        self.accounting = accounting
+        self.docker = docker
+        self.with_image = with_image
+        self.extra_conf = extra_conf
+        self.services: dict[str, Service] = {}
+        self.bridge: str | None = None
+        self.image: str | None = None
+        self.env = {
+            "PATH": os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin",
+            "HOME": os.environ.get("HOME", "/root"),
+            "LANG": "C.UTF-8",
+            "SLURM_CONF": str(directory / "slurm.conf"),
+            "DOCKER_HOST": f"unix://{directory}/docker.sock",
+        }
+        for name in ("ORCH_TEST_CACHE", "XDG_CACHE_HOME"):
+            if name in os.environ:
+                self.env[name] = os.environ[name]
+
+    def start(self) -> None:
+        """Bring everything up; raises ClusterError. Call `end` afterwards in every case."""
+        adopt_orphans()
+        self.directory.chmod(0o755)
+        (self.directory / "log").mkdir()
+        if self.docker:
+            self._start_engine()
+        self._up(slurm.start_munge(self.directory, self.env))
+        ports: set[int] = set()
+        dbd_port = self._start_accounting(ports) if self.accounting else None
+        slurm.write_conf(self.directory, ports=ports, dbd_port=dbd_port, extra=self.extra_conf)
+        if dbd_port is not None:
+            self._register_cluster()
+        self._up(slurm.controller(self.directory, self.env))
+        nodes = [slurm.node(self.directory, name, self.env) for name in slurm.NODES]
+        for service in nodes:
+            self.services[service.name] = service
+            service.start()
+        for service in nodes:
+            service.wait_ready()
+        if self.docker:
+            self._finish_engine()
+
+    def _up(self, service: Service) -> None:
+        self.services[service.name] = service
+        service.start()
+        service.wait_ready()
+
+    def _start_accounting(self, ports: set[int]) -> int:
+        database_port, dbd_port = free_port(ports), free_port(ports)
+        self._up(database.database(self.directory, database_port, self.env))
+        # slurmdbd reads the location of its own file from that of slurm.conf, which need not exist yet.
+        self._up(
+            database.accounting(self.directory, port=dbd_port, database_port=database_port, env=self.env)
+        )
+        return dbd_port
+
+    def _register_cluster(self) -> None:
+        call(["sacctmgr", "--immediate", "add", "cluster", "orchtest"], env=self.env, timeout=30)
+
+    def _start_engine(self) -> None:
+        """Spawn dockerd first and look at it last: it needs seconds that the rest of the start can use."""
+        self.bridge = engine.add_bridge(self.env)
+        service = engine.engine(self.directory, self.bridge, self.env)
+        self.services[service.name] = service
+        service.start()
+
+    def _finish_engine(self) -> None:
+        self.services["dockerd"].wait_ready()
+        if self.with_image:
+            self.image = image.ensure_image(self.env)
+
+    def describe(self) -> dict[str, Any]:
+        """What a client needs; written to cluster.json."""
+        return {
+            "directory": str(self.directory),
+            "supervisor": os.getpid(),
+            "accounting": self.accounting,
+            "nodes": list(slurm.NODES),
+            "image": self.image,
+            "env": {key: self.env[key] for key in ("SLURM_CONF", "DOCKER_HOST") if self.docker or key != "DOCKER_HOST"},
+        }
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Carry out one request; errors come back as {"error": …}."""
+        try:
+            if request["op"] == "status":
+                return {"pids": {name: service.pid for name, service in self.services.items()}}
+            service = self.services[request["name"]]
+            if request["op"] == "stop":
+                service.stop(signal.Signals[request.get("signal", "SIGTERM")], timeout=request.get("timeout", 10))
+            elif request["op"] == "start":
+                service.start()
+                service.wait_ready()
+            else:
+                return {"error": f"unknown op {request['op']!r}"}
+            return {"pid": service.pid}
+        except (ClusterError, KeyError) as error:
+            return {"error": f"{type(error).__name__}: {error}"}
+
+    def end(self) -> None:
+        """End every process, undo every mount, delete the directory. Idempotent."""
+        for name in ("slurmctld", *slurm.NODES):
+            if name in self.services:
+                self.services[name].stop(timeout=5)
+        rest = [name for name in ("dockerd", "slurmdbd", "mariadbd", "munged") if name in self.services]
+        # Steps and what they started go before the engine: an agent that sees its engine vanish would write about it.
+        keep = [pid for name in rest if (pid := self.services[name].pid) is not None]
+        keep += engine_processes(keep)
+        end_descendants(keep=keep)
+        for name in rest:
+            self.services[name].stop(timeout=15)
+        end_descendants()
+        if self.bridge is not None:
+            engine.remove_bridge(self.bridge, self.env)
+        remove_tree(self.directory)
+
+
+def engine_processes(roots: list[int]) -> list[int]:
+    """Everything below the daemons that are still up, and the container shims that have detached from theirs."""
+    from tests.cluster.service import children_by_parent, descendants
+
+    found = [pid for root in roots for pid in descendants(root)]
+    for pid in children_by_parent().get(os.getpid(), []):
+        with suppress(OSError):
+            if Path(f"/proc/{pid}/comm").read_text().startswith("containerd"):
+                found += [pid, *descendants(pid)]
+    return found
+
+
+def serve(supervisor: Supervisor, *, leash: bool) -> None:
+    """Answer requests until SIGTERM or SIGINT, or (with `leash`) until standard input closes."""
+    stop_read, stop_write = os.pipe()
+    os.set_blocking(stop_write, False)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: os.write(stop_write, b"."))
+    with ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(supervisor.directory / "control"))
+        listener.listen()
+        watched: list[Any] = [listener, stop_read, *([sys.stdin] if leash else [])]
+        while True:
+            ready, _, _ = select.select(watched, [], [], 0.3)
+            if stop_read in ready or (sys.stdin in ready and not os.read(sys.stdin.fileno(), 1024)):
+                return
+            if listener in ready:
+                _serve_one(supervisor, listener)
+            reap(s.process.pid for s in supervisor.services.values() if s.process is not None)
+
+
+def _serve_one(supervisor: Supervisor, listener: socket.socket) -> None:
+    connection, _ = listener.accept()
+    with connection, connection.makefile("rw") as stream:
+        connection.settimeout(5)
+        with suppress(OSError):  # the client went away: its loss, the cluster goes on
+            stream.write(json.dumps(supervisor.answer(json.loads(stream.readline()))) + "\n")
+            stream.flush()
+
+
+def main() -> int:
+    """Entry of `python -m tests.cluster.supervisor`; prints one JSON line: the description, or {"error": …}."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--directory", type=Path)
+    parser.add_argument("--leash", action="store_true")
+    parser.add_argument("--no-accounting", action="store_true")
+    parser.add_argument("--no-docker", action="store_true")
+    parser.add_argument("--no-image", action="store_true")
+    parser.add_argument("--extra-conf", default="")
+    options = parser.parse_args()
+    # Short on purpose: a socket's path may have 107 characters, and the engine nests its own below ours.
+    directory = options.directory or Path(tempfile.mkdtemp(prefix="orch-", dir="/tmp"))
+    directory.mkdir(parents=True, exist_ok=True)
+    supervisor = Supervisor(
+        directory.resolve(),
+        accounting=not options.no_accounting,
+        docker=not options.no_docker,
+        with_image=not options.no_image,
+        extra_conf=options.extra_conf,
+    )
+    # A signal during the start must still end what has been started.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _raise_exit)
+    started = time.monotonic()
+    try:
+        supervisor.start()
+        description = {**supervisor.describe(), "seconds": round(time.monotonic() - started, 1)}
+        (supervisor.directory / "cluster.json").write_text(json.dumps(description))
+        print(json.dumps(description), flush=True)
+        serve(supervisor, leash=options.leash)
+    except ClusterError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        return 1
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        supervisor.end()
+    return 0
+
+
+def _raise_exit(number: int, _frame: object) -> None:
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
