@@ -18,6 +18,7 @@ No foreign exception (OSError, ValidationError, CalledProcessError, docker's) cr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -36,9 +37,15 @@ class OrchError(Exception):
 
 
 class SpecError(OrchError):
-    """The spec or the command line is wrong; nothing was submitted."""
+    """The spec or the command line is wrong; nothing was submitted. `problems`: one JSON-ready dict per finding."""
 
     exit_code = 2
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, problems: tuple[Mapping[str, object], ...] = ()
+    ) -> None:
+        super().__init__(message, hint=hint)
+        self.problems = problems or ({"message": message},)
 
 
 class BackendError(OrchError):

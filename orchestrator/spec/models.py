@@ -1,0 +1,649 @@
+"""What the user asked for: frozen pydantic models of the spec. Unknown keys are refused, text with a unit is parsed.
+
+The fields' descriptions are the reference documentation: docs/spec.md and docs/schema.json are generated from them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    field_validator,
+    model_validator,
+)
+
+from orchestrator.spec.images import image_refusal
+from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
+from orchestrator.spec.sbatch_options import normal_name, refusal
+from orchestrator.spec.units import Duration, Memory, WallTime
+
+NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_ARG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_LONGEST = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN, one argument or NAME=value, with its final NUL
+
+
+def _carried(value: str) -> str:
+    """Text that an argument, a variable and a file name can carry unchanged."""
+    if "\0" in value:
+        raise ValueError("holds a NUL character, which no argument, variable or file name can carry; remove it")
+    try:
+        size = len(value.encode())
+    except UnicodeEncodeError:
+        raise ValueError("is not valid Unicode (a lone surrogate); it must be UTF-8") from None
+    if size > _LONGEST:
+        raise ValueError(f"is {size} bytes long; Linux passes at most {_LONGEST}. Put it in a file and pass its path")
+    return value
+
+
+def _one_line(value: str) -> str:
+    bad = next((char for char in value if ord(char) < 32 or ord(char) == 127 or char in "\x85\u2028\u2029"), None)
+    if bad is not None:
+        raise ValueError(f"holds {bad!r}; it goes on one #SBATCH line, so no line breaks or control characters")
+    if value != value.strip():
+        raise ValueError("begins or ends with a space; sbatch would drop it")
+    return value
+
+
+def _number_text(value: object) -> object:
+    """Slurm's ids and counts may be written without quotes: `nodelist: 7`."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Text: TypeAlias = Annotated[str, Strict(), AfterValidator(_carried)]
+SomeText: TypeAlias = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_carried)]
+SlurmText: TypeAlias = Annotated[
+    str,
+    BeforeValidator(_number_text),
+    Strict(),
+    Field(min_length=1),
+    AfterValidator(_carried),
+    AfterValidator(_one_line),
+]
+Count: TypeAlias = Annotated[int, Strict(), Field(ge=0, le=1_000_000)]
+Positive: TypeAlias = Annotated[int, Strict(), Field(ge=1, le=1_000_000)]
+Steps: TypeAlias = Annotated[int, Strict(), Field(ge=1, le=2**53)]
+Flag: TypeAlias = Annotated[bool, Strict()]
+
+
+class _Section(BaseModel):
+    """Frozen; unknown keys refused; `key:` with nothing behind it (null) means the default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        fields = cls.model_fields
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None or key not in fields or fields[key].is_required()
+        }
+
+
+def _json_findings(value: object, path: KeyPath = ()) -> list[tuple[KeyPath, str]]:
+    """Everything in a value that JSON or the command line could not carry unchanged."""
+    if isinstance(value, dict):
+        odd = [
+            ((*path, str(key)), f"a key must be text, not {kind_of(key)}") for key in value if not isinstance(key, str)
+        ]
+        return odd + [found for key, item in value.items() for found in _json_findings(item, (*path, str(key)))]
+    if isinstance(value, (list, tuple)):
+        return [found for index, item in enumerate(value) for found in _json_findings(item, (*path, index))]
+    if isinstance(value, str):
+        try:
+            _carried(value)
+        except ValueError as error:
+            return [(path, str(error))]
+        return []
+    if value is None or isinstance(value, bool):
+        return []
+    if isinstance(value, int):
+        fits = -(2**63) <= value < 2**64
+        return [] if fits else [(path, f"{shown(value)} does not fit 64 bits; put it in quotes to pass it as text")]
+    if isinstance(value, float):
+        return (
+            [] if math.isfinite(value) else [(path, f"{value} is no JSON number; put it in quotes to pass it as text")]
+        )
+    return [
+        (path, f"a {type(value).__name__} is no JSON value; use text, numbers, true/false, null, lists and mappings")
+    ]
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that equal JSON is equal Python."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class Job(_Section):
+    """What runs: exactly one of `module`, `script` (both under torchrun), `command` (once per node, without torchrun)."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": [kind], "properties": {kind: {"not": {"type": "null"}}}}
+                for kind in ("module", "script", "command")
+            ]
+        }
+    )
+
+    module: SomeText | None = Field(
+        None, description="A Python module, run as `python -m` under torchrun.", examples=["jobs.pretrain"]
+    )
+    script: SomeText | None = Field(
+        None,
+        description="A Python file inside `workspace.path`, run under torchrun. Relative to the spec file.",
+        examples=["train.py"],
+    )
+    command: tuple[Text, ...] | None = Field(
+        None,
+        description="A program and its arguments, run once per node without torchrun and without a shell.",
+        examples=[["python3", "prepare.py"]],
+    )
+    args: dict[str, Any] = Field(
+        default_factory=dict,
+        description=(
+            "Arguments, passed as `--key=value`: text as it is unless it would parse as JSON (then in JSON "
+            "quotes), everything else as JSON."
+        ),
+        examples=[{"lr": 0.001, "data": "/data/digits"}],
+    )
+    argv: tuple[Text, ...] = Field(
+        (), description="Arguments passed as they are, after `args`.", examples=[["--verbose"]]
+    )
+
+    @field_validator("module")
+    @classmethod
+    def _module_name(cls, value: str | None) -> str | None:
+        if value is not None and not all(part.isidentifier() for part in value.split(".")):
+            suggestion = " A file is set by job.script." if value.endswith(".py") or "/" in value else ""
+            raise ValueError(f"{shown(value)} is not a module name such as package.module.{suggestion}")
+        return value
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _command_words(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(
+                f'expected a list of words, one per argument, such as ["python3", "x.py"]; got {shown(value)}'
+            )
+        return value
+
+    @field_validator("command")
+    @classmethod
+    def _command_program(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and not (value and value[0]):
+            raise ValueError("must name a program")
+        return value
+
+    @field_validator("args")
+    @classmethod
+    def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        findings = _json_findings(value)
+        if findings:
+            raise Refusal(*findings)
+        names = [
+            (
+                (key,),
+                "an argument's name has letters, digits, `_`, `.` and `-` only, and starts with none of the last two",
+            )
+            for key in value
+            if not _ARG_NAME.fullmatch(key)
+        ]
+        if names:
+            raise Refusal(*names, on_key=True)
+        return {key: _plain(item) for key, item in value.items()}
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Job:
+        given = [kind for kind in ("module", "script", "command") if getattr(self, kind) is not None]
+        if not given:
+            raise Refusal(((), "nothing to run; give one of module, script and command"))
+        if len(given) > 1:
+            raise Refusal(
+                *(((kind,), f"{' and '.join(given)} exclude each other; keep one") for kind in given[1:]), on_key=True
+            )
+        return self
+
+    @property
+    def kind(self) -> Literal["module", "script", "command"]:
+        """Which of the three it is."""
+        if self.module is not None:
+            return "module"
+        return "script" if self.script is not None else "command"
+
+
+class Mount(_Section):
+    """A directory or file of the host, seen inside the container."""
+
+    source: SomeText = Field(description="Path on every node. Relative to the spec file.")
+    target: SomeText = Field(description="Absolute path inside the container.")
+    read_only: Flag = Field(False, description="Refuse writes from inside.")
+
+    @field_validator("target")
+    @classmethod
+    def _absolute(cls, value: str) -> str:
+        if not value.startswith("/"):
+            raise ValueError(f"{shown(value)} must be an absolute path inside the container")
+        if value.rstrip("/") == "":
+            raise ValueError("the container's own / cannot be mounted over")
+        return value
+
+
+class Container(_Section):
+    """Where it runs. `none` is the interpreter that runs `orch`, or `slurm.python`."""
+
+    runtime: Literal["docker", "none"] = Field("none", description="`docker`, or `none` for no container.")
+    image: SomeText | None = Field(
+        None,
+        description=(
+            "Pinned by digest: `repository@sha256:…`, or `sha256:…` for an image id of the node. A tag is "
+            "refused; `orch image lock` resolves one."
+        ),
+    )
+    mounts: tuple[Mount, ...] = Field((), description="Host paths seen inside the container.")
+
+    @field_validator("runtime", mode="before")
+    @classmethod
+    def _later_runtimes(cls, value: Any) -> Any:
+        if value in ("podman", "apptainer", "singularity", "pyxis", "enroot"):
+            raise ValueError(f"{value} is not in this version; use docker or none")
+        return value
+
+    @field_validator("image")
+    @classmethod
+    def _pinned(cls, value: str | None) -> str | None:
+        reason = None if value is None else image_refusal(value)
+        if reason is not None:
+            raise ValueError(reason)
+        return value
+
+    @field_validator("mounts")
+    @classmethod
+    def _distinct_targets(cls, value: tuple[Mount, ...]) -> tuple[Mount, ...]:
+        seen: set[str] = set()
+        for index, mount in enumerate(value):
+            target = mount.target.rstrip("/")
+            if target in seen:
+                raise Refusal(((index, "target"), f"{shown(mount.target)} is mounted twice"))
+            seen.add(target)
+        return value
+
+    @model_validator(mode="after")
+    def _image_fits_runtime(self) -> Container:
+        if self.runtime == "docker" and self.image is None:
+            raise Refusal(((), "runtime docker needs image: repository@sha256:… (from a tag:  orch image lock TAG)"))
+        if self.runtime == "none" and self.image is not None:
+            raise Refusal((("image",), "runtime none uses no image; set container.runtime: docker, or leave image out"))
+        if self.runtime == "none" and self.mounts:
+            raise Refusal((("mounts",), "runtime none has no mounts: the job sees the node's own files"))
+        return self
+
+
+class Resources(_Section):
+    """What is asked of the scheduler: one task per node; `cpus_per_task` and `mem` are per node."""
+
+    nodes: Positive = Field(1, description="Nodes.")
+    gpus_per_node: Count = Field(0, description="GPUs on each node.")
+    cpus_per_task: Positive = Field(1, description="CPU cores on each node (one task per node).")
+    mem: Memory | None = Field(
+        None, description="Memory on each node; null = the partition's default.", examples=["2G"]
+    )
+    time: WallTime | None = Field(
+        None, description="Wall time of one attempt; null = the partition's default.", examples=["04:00:00"]
+    )
+
+    @field_validator("mem")
+    @classmethod
+    def _enough(cls, value: Memory | None) -> Memory | None:
+        if value is not None and value < 1024**2:
+            raise ValueError(f"{value} is too little; at least 1M")
+        return value
+
+    @field_validator("time")
+    @classmethod
+    def _some_time(cls, value: WallTime | None) -> WallTime | None:
+        if value is not None and value < 60:
+            raise ValueError(f"{value} is too short; at least 00:01:00, Slurm counts minutes")
+        return value
+
+
+ExtraValue: TypeAlias = Literal[True] | str
+
+
+class Slurm(_Section):
+    """Slurm's options by Slurm's own long names in snake_case, and what surrounds the job in the batch script."""
+
+    partition: SlurmText | None = Field(None, description="Partition (several: comma-separated).")
+    account: SlurmText | None = Field(None, description="Account that is charged.")
+    qos: SlurmText | None = Field(None, description="Quality of service.")
+    constraint: SlurmText | None = Field(None, description="Node features.", examples=["a100|h100"])
+    exclude: SlurmText | None = Field(None, description="Nodes not to use.", examples=["n[01-03]"])
+    nodelist: SlurmText | None = Field(None, description="Nodes to use.")
+    reservation: SlurmText | None = Field(None, description="Reservation.")
+    dependency: SlurmText | None = Field(None, description="Start after other jobs.", examples=["afterany:4711"])
+    begin: SlurmText | None = Field(None, description="Not before this time.", examples=["now+1hour"])
+    mail_type: SlurmText | None = Field(None, description="Events that send mail.", examples=["END,FAIL"])
+    mail_user: SlurmText | None = Field(None, description="Who gets the mail.")
+    nice: Annotated[int, Strict(), Field(ge=-2147483645, le=2147483645)] | None = Field(
+        None, description="Lower the priority by this much."
+    )
+    licenses: SlurmText | None = Field(None, description="Licenses.", examples=["matlab:1"])
+    gres: SlurmText | None = Field(
+        None, description="Generic resources other than GPUs (those: `resources.gpus_per_node`)."
+    )
+    wckey: SlurmText | None = Field(None, description="Workload characterisation key.")
+    exclusive: Flag = Field(False, description="Whole nodes, not shared with other jobs.")
+    setup: tuple[Text, ...] = Field(
+        (), description="Shell lines run on the first node before the job starts.", examples=[["module load cuda"]]
+    )
+    srun_args: tuple[SomeText, ...] = Field(
+        (), description="Further arguments of srun, one word each.", examples=[["--cpu-bind=cores"]]
+    )
+    extra_sbatch: dict[str, ExtraValue] = Field(
+        default_factory=dict,
+        description="Any other sbatch option by its long name; `true` = a bare flag. What orch owns is refused.",
+        examples=[{"hint": "nomultithread", "overcommit": True}],
+    )
+    template: SomeText | None = Field(
+        None, description="Your own batch script template instead of the packaged one. Relative to the spec file."
+    )
+    python: SlurmText | None = Field(
+        None,
+        description=(
+            "The Python that runs the agent on the nodes, and the job when `container.runtime` is none; null = "
+            "the one running orch."
+        ),
+    )
+
+    @field_validator("extra_sbatch", mode="before")
+    @classmethod
+    def _passed_through(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        keys: list[tuple[KeyPath, str]] = []
+        values: list[tuple[KeyPath, str]] = []
+        result: dict[str, ExtraValue] = {}
+        for key, given in value.items():
+            reason = refusal(str(key))
+            if reason is None and normal_name(str(key)) in result:
+                reason = "the same option is given twice"
+            if reason is not None:
+                keys.append(((str(key),), reason))
+                continue
+            fault = _extra_value_fault(given)
+            if fault is not None:
+                values.append(((str(key),), fault))
+            result[normal_name(str(key))] = given if given is True else str(given)
+        if keys:
+            raise Refusal(*keys, on_key=True)
+        if values:
+            raise Refusal(*values)
+        return result
+
+    def options(self) -> dict[str, str | None]:
+        """Every option of an `#SBATCH` line by sbatch's long name without dashes; None = a bare flag. Values unquoted."""
+        surrounding = {"setup", "srun_args", "extra_sbatch", "template", "python", "exclusive"}
+        named = {
+            field.replace("_", "-"): str(getattr(self, field))
+            for field in type(self).model_fields
+            if field not in surrounding and getattr(self, field) is not None
+        }
+        flags: dict[str, str | None] = {"exclusive": None} if self.exclusive else {}
+        extra = {key: None if value is True else str(value) for key, value in sorted(self.extra_sbatch.items())}
+        return {**named, **flags, **extra}
+
+
+def _extra_value_fault(value: object) -> str | None:
+    if value is True or (isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)):
+        return None
+    if value is False or value is None:
+        return f"{shown(value)} means nothing to sbatch; true is a bare flag, otherwise leave the key out"
+    if not isinstance(value, str):
+        return f"expected text, a number, or true for a bare flag; got {kind_of(value)}"
+    try:
+        _one_line(_carried(value))
+    except ValueError as error:
+        return str(error)
+    return None if value else "is empty; true is a bare flag, otherwise leave the key out"
+
+
+class Torchrun(_Section):
+    """How torchrun starts the training processes (module and script jobs)."""
+
+    nproc_per_node: Positive = Field(
+        1, description="Training processes on each node; left out: one per GPU, or 1 without GPUs."
+    )
+    max_restarts: Count = Field(0, description="torchrun's own restarts inside one attempt.")
+    rdzv_backend: Literal["c10d"] = Field("c10d", description="torchrun's rendezvous backend.")
+
+
+class Checkpoint(_Section):
+    """Where and how often the job saves. It also saves whenever it is told to stop."""
+
+    uri: SomeText | None = Field(
+        None,
+        description=(
+            "A directory on the shared disk (a path or file://); null = inside the run directory. Relative to the "
+            "spec file."
+        ),
+    )
+    every_steps: Steps | None = Field(
+        500, description="Save every so many optimizer steps; null = never for this reason."
+    )
+    every_minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        None, description="Save every so many minutes."
+    )
+    every_epochs: Steps | None = Field(
+        1, description="Save at the end of every so many epochs; null = never for this reason."
+    )
+    keep_last: Positive = Field(3, description="Checkpoints kept; the newest two verified ones always stay.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reserved(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            later = [
+                ((key,), "is reserved for a later version; leave it out")
+                for key in RESERVED_CHECKPOINT_KEYS
+                if key in data
+            ]
+            if later:
+                raise Refusal(*later, on_key=True)
+        return data
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_default(cls, data: Any) -> Any:
+        """Here null is a value: no saves for that reason."""
+        return (
+            {key: value for key, value in data.items() if not (key == "keep_last" and value is None)}
+            if isinstance(data, dict)
+            else data
+        )
+
+    @field_validator("every_minutes", mode="before")
+    @classmethod
+    def _a_number(cls, value: Any) -> Any:
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            raise ValueError(f"expected a number of minutes; got {kind_of(value)} ({shown(value)})")
+        return value
+
+    @field_validator("uri")
+    @classmethod
+    def _on_disk(cls, value: str | None) -> str | None:
+        match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value or "")
+        if match and match[1].lower() != "file":
+            raise ValueError(f"{match[1]}:// comes in a later version; give a path on the shared disk")
+        if match and not str(value)[7:].startswith("/"):
+            raise ValueError("a file:// URI must hold an absolute path: file:///path")
+        return value
+
+
+RESERVED_CHECKPOINT_KEYS = ("async", "scratch", "fence", "keep_every", "keep_best", "storage_options")
+
+
+class Preemption(_Section):
+    """How the job is told to stop, and how often it may come back."""
+
+    signal: Literal["USR1", "USR2"] = Field(
+        "USR1", description="Signal that asks for a save before the time limit. TERM is always understood too."
+    )
+    lead_time: Duration = Field(
+        Duration(120),
+        description="How long before the time limit the signal comes: time for two steps and one save.",
+        examples=["120s"],
+    )
+    max_requeues: Count = Field(100, description="Requeues after preemption before the run is left as needs_resume.")
+
+    @field_validator("signal", mode="before")
+    @classmethod
+    def _short_name(cls, value: Any) -> Any:
+        return value.removeprefix("SIG") if isinstance(value, str) else value
+
+    @field_validator("lead_time")
+    @classmethod
+    def _in_range(cls, value: Duration) -> Duration:
+        if not 1 <= value <= 65535:
+            raise ValueError(f"{value} is out of Slurm's range; from 1s to 65535s")
+        return value
+
+
+class Retry(_Section):
+    """Automatic requeues per cause; 0 = stop and wait for `orch resume`."""
+
+    time_limit: Count = Field(20, description="After the time limit.")
+    node_failure: Count = Field(10, description="After a lost node.")
+    out_of_memory: Count = Field(0, description="After running out of memory.")
+    failure: Count = Field(0, description="After the program failed.")
+
+
+class Workspace(_Section):
+    """The code that is snapshotted at submission and used by every attempt."""
+
+    path: SomeText = Field(
+        ".",
+        description=(
+            "The directory. In git: tracked and untracked files that are not ignored; elsewhere `job.script` and "
+            "`*.py`. Relative to the spec file."
+        ),
+    )
+    exclude: tuple[SomeText, ...] = Field(
+        (), description="Patterns as in .gitignore, for files to leave out.", examples=[["*.ipynb", "/data/"]]
+    )
+    max_size: Memory = Field(
+        Memory(200 * 1024**2), description="A larger snapshot is refused, naming its biggest files.", examples=["200M"]
+    )
+
+
+class JobSpec(_Section):
+    """One run, as it was asked for."""
+
+    name: Annotated[str, Strict()] = Field(
+        description="Name of the run: letters, digits, `.`, `_`, `-`; at most 64.", pattern=f"^{NAME_PATTERN}$"
+    )
+    backend: Literal["slurm", "local"] = Field(
+        "slurm", description="`slurm`, or `local` for a detached process on this machine."
+    )
+    root: SomeText | None = Field(
+        None,
+        description=(
+            "Directory on the shared disk that holds all runs. Left out: the site profile's, $ORCH_ROOT, or "
+            "orch_runs beside the spec. Relative to the spec file."
+        ),
+    )
+    job: Job = Field(description="What runs.")
+    container: Container = Field(Container(), description="Where it runs.")
+    resources: Resources = Field(Resources(), description="What is asked of the scheduler.")
+    slurm: Slurm = Field(Slurm(), description="Slurm's options and the batch script.")
+    torchrun: Torchrun = Field(Torchrun(), description="The training processes.")
+    checkpoint: Checkpoint = Field(Checkpoint(), description="Saving.")
+    preemption: Preemption = Field(Preemption(), description="Stopping and coming back.")
+    retry: Retry = Field(Retry(), description="Requeues per cause.")
+    workspace: Workspace = Field(Workspace(), description="The code snapshot.")
+    env: dict[str, Text] = Field(
+        default_factory=dict,
+        description="Environment of the job. Values are text; numbers and true/false are passed as written.",
+    )
+    secrets: tuple[Text, ...] = Field(
+        (),
+        description=(
+            "Names of variables taken from the environment of `orch submit`; their values appear in no file that "
+            "is kept."
+        ),
+        examples=[["WANDB_API_KEY"]],
+    )
+    tags: tuple[SomeText, ...] = Field((), description="Labels to find runs by.")
+    notes: Text = Field("", description="Free text.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_process_per_gpu(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        resources, torchrun = data.get("resources"), data.get("torchrun") or {}
+        gpus = resources.get("gpus_per_node") if isinstance(resources, dict) else None
+        if isinstance(resources, Resources):
+            gpus = resources.gpus_per_node
+        if isinstance(gpus, int) and gpus > 0 and isinstance(torchrun, dict) and torchrun.get("nproc_per_node") is None:
+            return {**data, "torchrun": {**torchrun, "nproc_per_node": gpus}}
+        return data
+
+    @field_validator("env")
+    @classmethod
+    def _variables(cls, value: dict[str, str]) -> dict[str, str]:
+        findings = [((key,), reason) for key in value if (reason := _variable_fault(key))]
+        if findings:
+            raise Refusal(*findings, on_key=True)
+        return value
+
+    @field_validator("secrets")
+    @classmethod
+    def _names(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        findings: list[tuple[KeyPath, str]] = []
+        for index, name in enumerate(value):
+            reason = _variable_fault(name)
+            if reason is not None and "=" in name:
+                reason = "write only the variable's name; its value is taken from your environment"
+            if name in value[:index]:
+                reason = f"{shown(name)} is listed twice"
+            if reason is not None:
+                findings.append(((index,), reason))
+        if findings:
+            raise Refusal(*findings)
+        return value
+
+    @model_validator(mode="after")
+    def _secrets_are_not_in_env(self) -> JobSpec:
+        both = [
+            (("env", name), "is listed in secrets too; a secret's value must not be in the spec")
+            for name in self.secrets
+            if name in self.env
+        ]
+        if both:
+            raise Refusal(*both, on_key=True)
+        return self
+
+
+def _variable_fault(name: str) -> str | None:
+    if not _ENV_NAME.fullmatch(name):
+        return "is not a variable name (letters, digits, `_`; not starting with a digit)"
+    if name.startswith("ORCH_"):
+        return "names starting with ORCH_ are set by orch itself"
+    return None
+
+
+RESERVED_TOP_KEYS = ("sweep", "notify", "after", "watchdog")
