@@ -109,6 +109,18 @@ class RunPaths:
         suffix = "" if rank is None else f".rank{rank}"
         return self.run_dir / f"verdict-{attempt:03d}{suffix}.json"
 
+    def node_verdict(self, attempt: int, node: int) -> Path:
+        """A failing node's record, written by its agent: peers stop waiting for it."""
+        return self.run_dir / f"verdict-{attempt:03d}.node{node}.json"
+
+    def rank_verdicts(self, attempt: int) -> list[Path]:
+        """Verdicts of failing ranks, in rank order."""
+        return sorted(self.run_dir.glob(f"verdict-{attempt:03d}.rank*.json"))
+
+    def node_verdicts(self, attempt: int) -> list[Path]:
+        """Records of failing nodes, in node order."""
+        return sorted(self.run_dir.glob(f"verdict-{attempt:03d}.node*.json"))
+
     # --- one file per writer
     @property
     def events_dir(self) -> Path:

@@ -1,0 +1,110 @@
+"""Backend `local`: the agent as a detached process of this machine, with the same rules as under Slurm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal as signals
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
+from orchestrator.errors import BackendError, RegistryError
+from orchestrator.files import read_json
+from orchestrator.paths import RunPaths
+from orchestrator.plan import Plan
+from orchestrator.worker.agent import local_job_id, process_identity
+
+_START_S = 30.0
+_POLL_S = 0.02
+
+
+class LocalBackend:
+    """Starts, finds, signals and cancels agents on this machine. A job id is `pid.start_time`."""
+
+    name = "local"
+
+    def submit(self, plan: Plan, *, environ: Mapping[str, str]) -> JobHandle:
+        """Start the agent in a session of its own; return once it has written who it is."""
+        paths = RunPaths(plan.run_dir)
+        paths.local_agent.unlink(missing_ok=True)
+        paths.scheduler_log.parent.mkdir(parents=True, exist_ok=True)
+        argv = [plan.agent["python"], "-m", "orchestrator.worker.agent", "local", str(plan.run_dir)]
+        try:
+            with paths.scheduler_log.open("ab") as log:
+                process = subprocess.Popen(
+                    argv,
+                    cwd="/",
+                    env=dict(environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise BackendError(
+                f"cannot start {argv[0]}: {error.strerror}",
+                hint="`slurm.python` must be an interpreter of this machine.",
+            ) from error
+        return self._wait_until_up(process, paths)
+
+    def _wait_until_up(self, process: subprocess.Popen[bytes], paths: RunPaths) -> JobHandle:
+        until = time.monotonic() + _START_S
+        while time.monotonic() < until:
+            with contextlib.suppress(FileNotFoundError):  # not written yet
+                return JobHandle(self.name, local_job_id(read_json(paths.local_agent)))
+            if process.poll() is not None:
+                break
+            time.sleep(_POLL_S)
+        process.kill()
+        words = _tail(paths.scheduler_log)
+        raise BackendError(f"the local agent did not start: {words}", hint=f"Its output is in {paths.scheduler_log}.")
+
+    def find(self, token: str) -> JobHandle | None:
+        """Nothing to find: a local submission cannot be queued without an answer."""
+        return None
+
+    def poll(self, handles: Sequence[JobHandle]) -> dict[JobHandle, JobStatus]:
+        """Running while pid and start time exist, else unknown."""
+        return {
+            handle: JobStatus(SchedulerState.RUNNING if _pid_of(handle) is not None else SchedulerState.UNKNOWN)
+            for handle in handles
+        }
+
+    def cancel(self, handle: JobHandle) -> None:
+        """SIGTERM to the agent: it saves, sees the tombstone and ends."""
+        pid = _pid_of(handle)
+        if pid is not None:
+            _send(pid, signals.SIGTERM)
+
+    def signal(self, handle: JobHandle, signal: str) -> None:
+        """Signal the agent; BackendError when it is not running."""
+        pid = _pid_of(handle)
+        if pid is None:
+            raise BackendError(f"local job {handle.job_id} is not running", hint="See `orch status`.")
+        _send(pid, getattr(signals, f"SIG{signal}"))
+
+
+def _pid_of(handle: JobHandle) -> int | None:
+    """The agent's pid if that very process is alive; a zombie is not."""
+    pid = int(handle.job_id.partition(".")[0])
+    try:
+        alive = local_job_id(process_identity(pid)) == handle.job_id
+        return pid if alive and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" else None
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _send(pid: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):  # it ended by itself: what we wanted
+        os.kill(pid, signum)
+
+
+def _tail(path: Path) -> str:
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError as error:
+        raise RegistryError(f"{path}: {error.strerror}") from error
+    return lines[-1] if lines else "it said nothing"

@@ -1,0 +1,70 @@
+"""Runtime `none`: PID 1 is an ordinary process in a session of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Sequence
+
+from orchestrator.containers.payload import Payload, PayloadRequest
+from orchestrator.errors import ContainerError
+
+
+class ProcessPayload:
+    """worker/launch as a child process."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process = process
+
+    def poll(self) -> int | None:
+        """Exit code once ended, else None."""
+        code = self._process.poll()
+        return code if code is None or code >= 0 else 128 - code
+
+    def signal(self, signum: int) -> None:
+        """Signal PID 1 alone; it knows which of its processes can use it."""
+        self._process.send_signal(signum)
+
+    def kill(self) -> None:
+        """End PID 1's whole process group."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait(timeout=10)
+
+    def close(self) -> None:
+        """Nothing is kept."""
+
+    def describe(self) -> dict[str, object]:
+        """pid of PID 1."""
+        return {"runtime": "none", "pid": self._process.pid}
+
+
+class ProcessRuntime:
+    """No container: the interpreter and libraries of the node."""
+
+    name = "none"
+
+    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
+        """Nothing to do: without its agent a payload ends by its leash."""
+        return ()
+
+    def start(self, request: PayloadRequest) -> Payload:
+        """Start PID 1 as a child; its early output goes to the node's log."""
+        try:
+            with request.log.open("ab") as log:
+                process = subprocess.Popen(
+                    request.argv,
+                    cwd=request.cwd,
+                    env={**os.environ, **request.environ},
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            raise ContainerError(
+                f"cannot start {request.argv[0]}: {error.strerror or error}",
+                hint="`slurm.python` must name an interpreter that exists on the compute nodes.",
+            ) from error
+        return ProcessPayload(process)

@@ -1,0 +1,275 @@
+"""`render_plan`: JobSpec → Plan. The same input gives the same bytes; `submit` adds nothing to it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.errors import SpecError
+from orchestrator.paths import RootPaths, RunPaths
+from orchestrator.spec import program_args
+
+if TYPE_CHECKING:
+    from orchestrator.spec import JobSpec
+
+AGENT_PLAN_VERSION = 1
+
+# The login environment does not leak into jobs (`--export=ALL` would); these few are needed to find programs and the
+# engine. SLURM_* always travel.
+_EXPORTED = (
+    "DOCKER_HOST",
+    "HOME",
+    "LANG",
+    "LC_ALL",
+    "LD_LIBRARY_PATH",
+    "LOGNAME",
+    "MODULEPATH",
+    "PATH",
+    "SHELL",
+    "TZ",
+    "USER",
+    "XDG_RUNTIME_DIR",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be submitted. `str(plan)` is what `--dry-run` prints: the script, and the agent's orders."""
+
+    run_id: str
+    backend: str
+    run_dir: Path
+    script: str  # "" on the local backend, where the agent's orders are everything
+    agent: dict[str, Any]
+    token: str  # unique per submission: found again in the queue when sbatch's answer was lost
+
+    @property
+    def agent_json(self) -> str:
+        """The exact text of plan/agent.json."""
+        return json.dumps(self.agent, indent=1, ensure_ascii=False) + "\n"
+
+    def __str__(self) -> str:
+        paths = RunPaths(self.run_dir)
+        orders = f"# {paths.agent_plan}\n{self.agent_json}"
+        return orders if not self.script else f"# {paths.script}\n{self.script}\n{orders}"
+
+
+def render_plan(
+    spec: JobSpec, *, run_id: str, root: Path, code_hash: str, attempt_base: int = 0, python: str, nonce: str = "0"
+) -> Plan:
+    """Render everything a submission consists of.
+
+    `python` is the interpreter that runs `orch`, used on the nodes unless `slurm.python` names another; `nonce` tells
+    two submissions of the same attempt apart. Raises SpecError where a value cannot be carried by an `#SBATCH` line.
+    """
+    paths = RootPaths(root).run(run_id)
+    python = spec.slurm.python or python
+    agent = render_agent_plan(
+        spec, run_id=run_id, root=root, code_hash=code_hash, attempt_base=attempt_base, python=python
+    )
+    content = hashlib.sha256(json.dumps(agent, sort_keys=True).encode() + nonce.encode()).hexdigest()
+    token = f"orch:{run_id}:{content[:16]}"
+    script = ""
+    if spec.backend == "slurm":
+        script = render_script(spec, paths, token=token, attempt_base=attempt_base, python=python)
+    return Plan(run_id=run_id, backend=spec.backend, run_dir=paths.run_dir, script=script, agent=agent, token=token)
+
+
+def render_agent_plan(
+    spec: JobSpec, *, run_id: str, root: Path, code_hash: str, attempt_base: int, python: str
+) -> dict[str, Any]:
+    """Orders for the agents and for the session inside the job; secrets by name only."""
+    paths = RootPaths(root).run(run_id)
+    resources = spec.resources
+    return {
+        "version": AGENT_PLAN_VERSION,
+        "run_id": run_id,
+        "name": spec.name,
+        "backend": spec.backend,
+        "root": str(root),
+        "run_dir": str(paths.run_dir),
+        "code_dir": str(RootPaths(root).snapshot(code_hash)),
+        "code_hash": code_hash,
+        "attempt_base": attempt_base,
+        "python": python,
+        "program": {"kind": program_kind(spec), "argv": program_argv(spec)},
+        "torchrun": None
+        if spec.job.command is not None
+        else {
+            "nproc_per_node": spec.torchrun.nproc_per_node,
+            "max_restarts": spec.torchrun.max_restarts,
+            "rdzv_backend": spec.torchrun.rdzv_backend,
+        },
+        "nodes": resources.nodes,
+        "cpus_per_task": resources.cpus_per_task,
+        "mem_bytes": None if resources.mem is None else int(resources.mem),
+        "container": {
+            "runtime": spec.container.runtime,
+            "image": spec.container.image,
+            "mounts": [
+                {"source": str(mount.source), "target": str(mount.target), "read_only": mount.read_only}
+                for mount in spec.container.mounts
+            ],
+        },
+        "checkpoint": {
+            "uri": checkpoint_uri(spec, paths),
+            "every_steps": spec.checkpoint.every_steps,
+            "every_minutes": spec.checkpoint.every_minutes,
+            "every_epochs": spec.checkpoint.every_epochs,
+            "keep_last": spec.checkpoint.keep_last,
+        },
+        "signal": spec.preemption.signal,
+        "lead_time_s": int(spec.preemption.lead_time),
+        "caps": {
+            "max_requeues": spec.preemption.max_requeues,
+            "time_limit": spec.retry.time_limit,
+            "node_failure": spec.retry.node_failure,
+            "out_of_memory": spec.retry.out_of_memory,
+            "failure": spec.retry.failure,
+        },
+        "env": dict(spec.env),
+        "secrets": list(spec.secrets),
+    }
+
+
+def program_kind(spec: JobSpec) -> str:
+    """Which of the three ways to name a program the spec uses."""
+    return "module" if spec.job.module is not None else "script" if spec.job.script is not None else "command"
+
+
+def program_argv(spec: JobSpec) -> list[str]:
+    """The program and its arguments; the interpreter, where one is needed, is added on the node."""
+    job = spec.job
+    if job.command is not None:
+        return [*job.command, *program_args(job)]
+    if job.module is not None:
+        return ["-m", job.module, *program_args(job)]
+    return [str(job.script), *program_args(job)]
+
+
+def checkpoint_uri(spec: JobSpec, paths: RunPaths) -> str:
+    """Where this run's checkpoints lie: the run directory, or `<checkpoint.uri>/<run_id>`."""
+    if spec.checkpoint.uri is None:
+        return str(paths.checkpoints)
+    return f"{spec.checkpoint.uri.rstrip('/')}/{paths.run_dir.name}"
+
+
+# --- the batch script ------------------------------------------------------------------------------------------------
+def render_script(spec: JobSpec, paths: RunPaths, *, token: str, attempt_base: int, python: str) -> str:
+    """The batch script. Every value is quoted here; the template holds loops and ifs only."""
+    signals = list(dict.fromkeys([spec.preemption.signal, "USR1", "TERM"]))
+    context = {
+        "run_id": paths.run_dir.name,
+        "directives": sbatch_directives(spec, paths, token),
+        "python": shlex.quote(python),
+        "run_dir": shlex.quote(str(paths.run_dir)),
+        "attempt_base": str(attempt_base),
+        "setup": list(spec.slurm.setup),
+        "signal": spec.preemption.signal,
+        "signals": " ".join(signals),
+        "srun_args": shlex.join(srun_args(spec)),
+    }
+    return _template(spec.slurm.template).render(context)
+
+
+def _template(path: str | None) -> Any:
+    import jinja2
+
+    import slurm_templates
+
+    # trim_blocks/lstrip_blocks: lines that hold only a `for` or `if` leave no trace in the script.
+    options: dict[str, Any] = {
+        "undefined": jinja2.StrictUndefined,
+        "trim_blocks": True,
+        "lstrip_blocks": True,
+        "keep_trailing_newline": True,
+    }
+    if path is None:
+        directory = Path(slurm_templates.__file__).parent
+        return jinja2.Environment(loader=jinja2.FileSystemLoader(directory), **options).get_template("run.sbatch.j2")
+    try:
+        return jinja2.Environment(**options).from_string(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
+        raise SpecError(
+            f"slurm.template: {path}: {error}", hint="Start from a copy of slurm_templates/run.sbatch.j2."
+        ) from error
+
+
+_SLURM_FIELDS_ELSEWHERE = frozenset({"setup", "srun_args", "extra_sbatch", "template", "python"})
+
+
+def sbatch_directives(spec: JobSpec, paths: RunPaths, token: str) -> list[str]:
+    """`#SBATCH` lines without the prefix, in a fixed order."""
+    resources = spec.resources
+    options: dict[str, object] = {
+        "job-name": spec.name,
+        "comment": token,
+        "output": _pattern_free(str(paths.scheduler_log)),
+        "open-mode": "append",  # a requeued job would truncate the log of its earlier attempts
+        "chdir": "/",  # the directory of submission may be gone by then
+        "export": ",".join(_EXPORTED),
+        "requeue": True,
+        "signal": f"B:{spec.preemption.signal}@{int(spec.preemption.lead_time)}",
+        "nodes": resources.nodes,
+        "ntasks-per-node": 1,
+        "cpus-per-task": resources.cpus_per_task,
+        "mem": None if resources.mem is None else f"{-(-int(resources.mem) // 1024**2)}M",
+        "time": None if resources.time is None else _minutes_and_seconds(int(resources.time)),
+        "gpus-per-node": resources.gpus_per_node or None,
+    }
+    for key, value in spec.slurm.model_dump(exclude=set(_SLURM_FIELDS_ELSEWHERE)).items():
+        options[key.replace("_", "-")] = value
+    options.update(spec.slurm.extra_sbatch)
+    return [
+        f"--{key}" if value is True else f"--{key}={_directive_value(key, value)}"
+        for key, value in options.items()
+        if value is not None and value is not False
+    ]
+
+
+def _minutes_and_seconds(seconds: int) -> str:
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _pattern_free(path: str) -> str:
+    return path.replace("%", "%%")  # sbatch(1), "filename pattern"
+
+
+def _directive_value(key: str, value: object) -> str:
+    """Quote a value for sbatch's own parser of `#SBATCH` lines (quotes, backslash; `#` starts a comment)."""
+    if isinstance(value, (list, tuple)):
+        value = ",".join(str(item) for item in value)
+    text = str(value)
+    if any(char in text for char in '\n\r\0"\\'):
+        raise SpecError(
+            f"{key}: {text!r} cannot stand on an #SBATCH line",
+            hint="Newlines, double quotes and backslashes are not possible there; choose another value or path.",
+        )
+    plain = text.replace("-", "").replace("_", "")
+    if plain.isascii() and all(char.isalnum() or char in ".:/@,=+%[]" for char in plain):
+        return text
+    return f'"{text}"'
+
+
+def srun_args(spec: JobSpec) -> Sequence[str]:
+    """Arguments of the one srun of the script.
+
+    srun does not inherit `--cpus-per-task` (FACTS 2) nor the whole environment of the batch shell (`--export`), and a
+    task that has saved first must not make srun end its peers.
+    """
+    resources = spec.resources
+    return [
+        f"--nodes={resources.nodes}",
+        f"--ntasks={resources.nodes}",
+        "--ntasks-per-node=1",
+        f"--cpus-per-task={resources.cpus_per_task}",
+        "--export=ALL",
+        "--kill-on-bad-exit=0",
+        *spec.slurm.srun_args,
+    ]

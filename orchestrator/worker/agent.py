@@ -1,0 +1,449 @@
+"""The host side of an attempt. It owns the container, the node's record of what happened, and on node 0 the requeue.
+
+python -m orchestrator.worker.agent node RUN_DIR               one Slurm task per node
+python -m orchestrator.worker.agent finish RUN_DIR --status N  the batch script, after srun has ended
+python -m orchestrator.worker.agent local RUN_DIR              the local backend: both, until no attempt follows
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from orchestrator.containers.payload import Mount, Payload, PayloadRequest, Runtime, open_runtime
+from orchestrator.errors import OrchError
+from orchestrator.files import read_json, write_json
+from orchestrator.identity import attempt_number, rendezvous_port
+from orchestrator.paths import RunPaths
+from orchestrator.registry import EventLog
+from orchestrator.states import ExitCode, ExitReason
+from orchestrator.worker import launch
+from orchestrator.worker.node import NodeDirectory, node_root
+from orchestrator.worker.scheduler import LocalScheduler, Notice, Scheduler, SlurmScheduler
+
+_TICK_S = 0.1
+_PEER_LOOK_S = 2.0
+_PEER_GRACE_S = 10.0  # for the ranks here to say themselves why they failed
+_DEADLINE_SLACK_S = 3.0  # PID 1 ends what is left so long after the deadline …
+_KILL_SLACK_S = 8.0  # … and the agent ends PID 1
+_FIRST_DEADLINE_S = 20.0  # until the scheduler has told the true one; the shortest grace in common use
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which part of which attempt this agent is."""
+
+    attempt: int
+    node: int
+    node_name: str
+    nodes: int
+    rendezvous_host: str
+    local_address: str | None
+
+
+class NodeAgent:
+    """Runs one node's share of one attempt: starts PID 1, passes notices on, records the end."""
+
+    def __init__(
+        self,
+        orders: Mapping[str, Any],
+        place: Place,
+        scheduler: Scheduler,
+        runtime: Runtime,
+        environ: Mapping[str, str],
+    ) -> None:
+        self.orders = orders
+        self.place = place
+        self.scheduler = scheduler
+        self.runtime = runtime
+        self.environ = environ
+        self.paths = RunPaths(Path(orders["run_dir"]))
+        self.events = EventLog(self.paths, f"agent-n{place.node}")
+        self.notice: Notice | None = None
+        self._signals: list[int] = []
+        self._wake = threading.Event()
+        self._peer_failed_at: float | None = None
+        self._next_peer_look = 0.0
+
+    # --- signals
+    def install_signal_handlers(self) -> None:
+        """Only note what came; the loop does the work."""
+        for signum in {signal.SIGTERM, signal.SIGUSR1, getattr(signal, "SIG" + self.orders["signal"])}:
+            signal.signal(signum, self._on_signal)
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self._signals.append(signum)
+        self._wake.set()
+
+    # --- life
+    def run(self) -> int:
+        """Block until PID 1 has ended; return its exit code. Raises OrchError when it could not be started."""
+        attempt = self.place.attempt
+        self.paths.logs(attempt).mkdir(parents=True, exist_ok=True)
+        leftovers = self.runtime.remove_leftovers(self.orders["run_id"], self.place.node_name, attempt)
+        if leftovers:
+            self.events.append("action", attempt=attempt, action="removed_leftovers", containers=list(leftovers))
+        directory = NodeDirectory(
+            node_root(self.environ), f"{self.orders['run_id']}.{attempt}.n{self.place.node}.{os.getpid()}"
+        )
+        try:
+            return self._run_in(directory)
+        finally:
+            directory.close()
+
+    def _run_in(self, directory: NodeDirectory) -> int:
+        shutil.copyfile(launch.__file__, directory.launcher)
+        directory.write_config(self._launch_config(directory))
+        payload = self.runtime.start(self._request(directory))
+        self.events.append(
+            "container_started", attempt=self.place.attempt, node=self.place.node_name, **payload.describe()
+        )
+        try:
+            code = self._watch(payload, directory)
+            if not directory.up.exists():
+                self._record_early_death(payload)
+            return code
+        finally:
+            payload.close()
+
+    def _watch(self, payload: Payload, directory: NodeDirectory) -> int:
+        while True:
+            code = payload.poll()
+            if code is not None:
+                return code
+            self._wake.wait(_TICK_S)
+            self._wake.clear()
+            if self._signals:
+                self._pass_on(directory)
+            if self._peers_have_failed():
+                directory.order(b"K")
+            if self.notice is not None and time.time() > self.notice.deadline + _KILL_SLACK_S:
+                payload.kill()
+
+    def _pass_on(self, directory: NodeDirectory) -> None:
+        """Tell PID 1 at once, with a careful deadline; then ask the scheduler why, and correct the deadline."""
+        names = [signal.Signals(signum).name for signum in self._signals]
+        self._signals.clear()
+        told = time.time()
+        if self.notice is None:
+            self.notice = Notice(None, told + min(_FIRST_DEADLINE_S, float(self.orders["lead_time_s"])))
+            directory.write_deadline(self.notice.deadline, None)
+        directory.order(b"U")
+        known, answer = self.notice.cause, self.scheduler.why(float(self.orders["lead_time_s"]))
+        # A second signal may only shorten what is left, and never turns a cause we know into one we don't.
+        deadline = answer.deadline if known is None else min(self.notice.deadline, answer.deadline)
+        self.notice = Notice(answer.cause or known, deadline)
+        cause = self.notice.cause.value if self.notice.cause is not None else None
+        directory.write_deadline(deadline, cause)
+        self.events.append(
+            "signalled",
+            attempt=self.place.attempt,
+            node=self.place.node_name,
+            signals=names,
+            cause=cause,
+            deadline=deadline,
+            at=told,
+        )
+
+    def _peers_have_failed(self) -> bool:
+        """True once another node has recorded a failure and our ranks had time to end by themselves.
+
+        Without it a rank that waits for a dead peer in a collective would hold the allocation until a time-out.
+        """
+        now = time.monotonic()
+        if self.place.nodes == 1 or now < self._next_peer_look:
+            return False
+        self._next_peer_look = now + _PEER_LOOK_S
+        mine = self.paths.node_verdict(self.place.attempt, self.place.node)
+        others = [path for path in self.paths.node_verdicts(self.place.attempt) if path != mine]
+        if others and self._peer_failed_at is None:
+            self._peer_failed_at = now
+        return self._peer_failed_at is not None and now - self._peer_failed_at > _PEER_GRACE_S
+
+    def _record_early_death(self, payload: Payload) -> None:
+        words = getattr(payload, "early_output", lambda: "")()
+        if words:
+            with self.paths.node_log(self.place.attempt, self.place.node).open("a") as log:
+                log.write(words)
+
+    # --- what PID 1 is told
+    def _launch_config(self, directory: NodeDirectory) -> dict[str, Any]:
+        orders, attempt = self.orders, self.place.attempt
+        contained = orders["container"]["runtime"] != "none"
+        python = "python3" if contained else orders["python"]
+        program = list(orders["program"]["argv"])
+        if orders["program"]["kind"] != "command":
+            program = [python, *program]
+        return {
+            "program": program,
+            "python": python,
+            "torchrun": self._torchrun_args(),
+            "cwd": orders["code_dir"],
+            "env": self._program_environment(directory),
+            "signal": orders["signal"],
+            "leash": str(directory.leash),
+            "up": str(directory.up),
+            "deadline_file": str(directory.deadline),
+            "deadline_slack_s": _DEADLINE_SLACK_S,
+            "verdict": str(self.paths.verdict(attempt)),
+            "log_dir": str(self.paths.logs(attempt)),
+            "node_log": str(self.paths.node_log(attempt, self.place.node)),
+        }
+
+    def _program_environment(self, directory: NodeDirectory) -> dict[str, str]:
+        orders = self.orders
+        nproc = orders["torchrun"]["nproc_per_node"] if orders["torchrun"] is not None else 1
+        environment = {
+            # Results depend on it, so it is set and not left to the node (PROTOCOLS 2); `env:` may override it.
+            "OMP_NUM_THREADS": str(max(1, (orders["cpus_per_task"] or 1) // nproc)),
+            "PYTHONUNBUFFERED": "1",  # a log that ends in a killed process's buffer hides why it was killed
+            "PYTHONDONTWRITEBYTECODE": "1",  # the snapshot is shared and read-only
+            **orders["env"],
+            **self._secrets(),
+            "ORCH_RUN_ID": orders["run_id"],
+            "ORCH_RUN_DIR": orders["run_dir"],
+            "ORCH_ATTEMPT": str(self.place.attempt),
+            "ORCH_CHECKPOINT_URI": orders["checkpoint"]["uri"],
+            "ORCH_DEADLINE_FILE": str(directory.deadline),
+        }
+        return {key: str(value) for key, value in environment.items()}
+
+    def _secrets(self) -> dict[str, str]:
+        if not self.orders["secrets"]:
+            return {}
+        values = read_json(self.paths.secrets)
+        return {name: values[name] for name in self.orders["secrets"]}
+
+    def _torchrun_args(self) -> list[str] | None:
+        torchrun = self.orders["torchrun"]
+        if torchrun is None:
+            return None
+        place, run_id = self.place, self.orders["run_id"]
+        arguments = [
+            f"--nnodes={place.nodes}",
+            f"--nproc-per-node={torchrun['nproc_per_node']}",
+            f"--max-restarts={torchrun['max_restarts']}",
+        ]
+        if place.nodes == 1:
+            # Port 0: the kernel picks a free one, two jobs on a node cannot collide.
+            return [
+                *arguments,
+                "--rdzv-backend=c10d",
+                "--rdzv-endpoint=127.0.0.1:0",
+                f"--rdzv-id={run_id}.{place.attempt}",
+            ]
+        port = rendezvous_port(run_id, place.attempt, self.scheduler.job_id)
+        arguments += [
+            f"--rdzv-backend={torchrun['rdzv_backend']}",
+            f"--rdzv-endpoint={place.rendezvous_host}:{port}",
+            f"--rdzv-id={run_id}.{place.attempt}",
+            f"--rdzv-conf=is_host={'1' if place.node == 0 else '0'},join_timeout=300",
+        ]
+        if place.local_address is not None:
+            arguments.append(f"--local-addr={place.local_address}")
+        return arguments
+
+    def _request(self, directory: NodeDirectory) -> PayloadRequest:
+        orders = self.orders
+        container = orders["container"]
+        contained = container["runtime"] != "none"
+        mounts = [
+            Mount(str(directory.path), str(directory.path)),
+            Mount(orders["run_dir"], orders["run_dir"]),
+            Mount(orders["code_dir"], orders["code_dir"], read_only=True),
+        ]
+        checkpoints = Path(orders["checkpoint"]["uri"])
+        if contained and not checkpoints.is_relative_to(orders["run_dir"]):
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            mounts.append(Mount(str(checkpoints), str(checkpoints)))
+        mounts += [Mount(**mount) for mount in container["mounts"]]
+        return PayloadRequest(
+            argv=("python3" if contained else orders["python"], str(directory.launcher), str(directory.config)),
+            cwd=orders["code_dir"],
+            run_id=orders["run_id"],
+            attempt=self.place.attempt,
+            node=self.place.node_name,
+            image=container["image"],
+            mounts=tuple(mounts),
+            mem_bytes=orders["mem_bytes"],
+            cpus=orders["cpus_per_task"],
+            host_network=self.place.nodes > 1,
+            log=self.paths.node_log(self.place.attempt, self.place.node),
+        )
+
+
+# --- one attempt on one node, with its records ------------------------------------------------------------------------
+def run_node(agent: NodeAgent) -> int:
+    """Run and leave a record, whatever happens: PID 1's exit code, or 1 with a verdict that says why it never ran."""
+    place, paths = agent.place, agent.paths
+    message, reason = "", None
+    try:
+        code = agent.run()
+        message = f"node {place.node_name} ended with exit code {code}"
+    except (OrchError, OSError) as error:
+        code, message = 1, str(error)
+        hint = getattr(error, "hint", None)
+        message = f"{message} {hint}" if hint else message
+        reason = ExitReason.CONTAINER_FAILURE.value
+        paths.logs(place.attempt).mkdir(parents=True, exist_ok=True)
+        with paths.node_log(place.attempt, place.node).open("a") as log:
+            log.write(f"orch: {message}\n")
+    if code not in (ExitCode.DONE, ExitCode.SAVED):
+        outcome = "fenced" if code == ExitCode.NEVER_RESTART else "failed"
+        verdict = {"outcome": outcome, "reason": reason, "node": place.node_name, "exit_code": code, "message": message}
+        write_json(paths.node_verdict(place.attempt, place.node), {**verdict, "time": time.time()})
+    agent.events.append("verdict", attempt=place.attempt, node=place.node, exit_code=code, message=message)
+    return code
+
+
+def load_orders(run_dir: Path) -> dict[str, Any]:
+    """plan/agent.json of a run."""
+    orders: dict[str, Any] = read_json(RunPaths(run_dir).agent_plan)
+    return orders
+
+
+def die_with_parent() -> None:
+    """SIGKILL this agent when slurmstepd dies: else agent and container outlive scancel's reach (FACTS 4)."""
+    parent = os.getppid()
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+    if os.getppid() != parent:
+        sys.exit("orch: the parent of this agent has died")
+
+
+def slurm_place(orders: Mapping[str, Any], scheduler: SlurmScheduler, environ: Mapping[str, str]) -> Place:
+    """Read attempt and node from Slurm's environment (srun(1), OUTPUT ENVIRONMENT VARIABLES)."""
+    nodes = int(environ["SLURM_STEP_NUM_NODES"])
+    name = environ["SLURMD_NODENAME"]
+    host = "127.0.0.1"
+    local = None
+    if nodes > 1:
+        nodelist = environ["SLURM_STEP_NODELIST"]
+        host = scheduler.node_address(nodelist) or name
+        local = scheduler.node_address(name)
+    base = int(environ.get("ORCH_ATTEMPT_BASE", orders["attempt_base"]))
+    return Place(
+        attempt=attempt_number(base, scheduler.restart_count),
+        node=int(environ["SLURM_NODEID"]),
+        node_name=name,
+        nodes=nodes,
+        rendezvous_host=host,
+        local_address=local,
+    )
+
+
+def node_main(run_dir: Path, environ: Mapping[str, str]) -> int:
+    """The Slurm task of one node."""
+    from orchestrator.worker.finish import AttemptBook
+
+    die_with_parent()
+    orders = load_orders(run_dir)
+    scheduler = SlurmScheduler(environ)
+    place = slurm_place(orders, scheduler, environ)
+    if place.node == 0:
+        AttemptBook(RunPaths(run_dir), orders).open(place.attempt, scheduler.job_id, environ["SLURM_STEP_NODELIST"])
+    return _run_as(orders, place, scheduler, environ)
+
+
+def _run_as(orders: Mapping[str, Any], place: Place, scheduler: Scheduler, environ: Mapping[str, str]) -> int:
+    """Open the runtime and run; an engine that does not answer is a recorded failure like any other."""
+    agent = NodeAgent(orders, place, scheduler, _Deferred(orders["container"]["runtime"]), environ)
+    agent.install_signal_handlers()
+    return run_node(agent)
+
+
+class _Deferred:
+    """A runtime opened at first use, so that a missing engine is recorded in the run like any other failure."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._runtime: Runtime | None = None
+
+    def _open(self) -> Runtime:
+        self._runtime = self._runtime or open_runtime(self.name)
+        return self._runtime
+
+    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Any:
+        return self._open().remove_leftovers(run_id, node, before_attempt)
+
+    def start(self, request: PayloadRequest) -> Payload:
+        return self._open().start(request)
+
+
+def local_main(run_dir: Path, environ: Mapping[str, str]) -> int:
+    """The local backend: attempt after attempt until none follows."""
+    from orchestrator.worker.finish import AttemptBook
+
+    paths = RunPaths(run_dir)
+    orders = load_orders(run_dir)
+    identity = process_identity(os.getpid())
+    write_json(paths.local_agent, identity)
+    scheduler = LocalScheduler(local_job_id(identity))
+    name = os.uname().nodename
+    base, restarts = int(orders["attempt_base"]), 0
+    while True:
+        place = Place(attempt_number(base, restarts), 0, name, 1, "127.0.0.1", None)
+        book = AttemptBook(paths, orders)
+        book.open(place.attempt, scheduler.job_id, name)
+        _run_as(orders, place, scheduler, environ)
+        decision = book.close(place.attempt, scheduler)
+        if not decision.requeue:
+            return book.exit_code(decision)
+        restarts += 1
+
+
+def process_identity(pid: int) -> dict[str, int]:
+    """pid and start time (clock ticks since boot, proc(5) field 22): a reused pid has another start time."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return {"pid": pid, "start_time": int(stat.rpartition(")")[2].split()[19])}
+
+
+def local_job_id(identity: Mapping[str, int]) -> str:
+    """How a local job is named in events and on the command line."""
+    return f"{identity['pid']}.{identity['start_time']}"
+
+
+def finish_main(run_dir: Path, status: int, environ: Mapping[str, str]) -> int:
+    """The end of the batch script: judge, record, and requeue. The scheduler's signals must not cut it short."""
+    from orchestrator.worker.finish import AttemptBook
+
+    orders = load_orders(run_dir)
+    scheduler = SlurmScheduler(environ)
+    base = int(environ.get("ORCH_ATTEMPT_BASE", orders["attempt_base"]))
+    book = AttemptBook(RunPaths(run_dir), orders)
+    decision = book.close(attempt_number(base, scheduler.restart_count), scheduler, srun_status=status)
+    return book.exit_code(decision)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """See the module's docstring."""
+    parser = argparse.ArgumentParser(prog="orch-agent")
+    parser.add_argument("role", choices=["node", "finish", "local"])
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--status", type=int, default=0)
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.role == "node":
+            return node_main(arguments.run_dir, os.environ)
+        if arguments.role == "local":
+            return local_main(arguments.run_dir, os.environ)
+        return finish_main(arguments.run_dir, arguments.status, os.environ)
+    except (OrchError, OSError) as error:
+        print(f"orch: {error}", file=sys.stderr, flush=True)
+        return getattr(error, "exit_code", 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""Why did this attempt end, and does another one follow? Pure functions over what was found on disk (PROTOCOLS 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.states import ExitCode, ExitReason, JobState
+
+NO_PROGRESS_ATTEMPTS = 3
+"""So many attempts in a row that failed or hung without a new step are a crash loop."""
+
+_FAILED = frozenset(
+    {
+        ExitReason.FAILURE,
+        ExitReason.HUNG,
+        ExitReason.OUT_OF_MEMORY,
+        ExitReason.LAUNCH_FAILURE,
+        ExitReason.CONTAINER_FAILURE,
+        ExitReason.CHECKPOINT_FAILURE,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one attempt left behind."""
+
+    tombstone: bool
+    verdict: Mapping[str, Any] | None  # rank 0's
+    failures: Sequence[Mapping[str, Any]]  # verdicts of failing ranks and nodes
+    node_codes: Mapping[int, int]  # exit code of PID 1 by node, from the agents' own records
+    nodes: int  # how many agents there should have been
+    cause: ExitReason | None  # why the scheduler stopped it; None = it was not stopped
+    scheduler_silent: bool = False  # it was stopped, and nobody could say why
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Why an attempt ended, in one enum member and one sentence."""
+
+    reason: ExitReason
+    message: str
+    step: int | None
+    saved: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What follows an attempt."""
+
+    requeue: bool
+    state: JobState
+    reason: ExitReason
+    message: str
+
+
+def judge(evidence: Evidence) -> Outcome:
+    """Name the reason. Fenced beats everything (a zombie must not restart), then success, a person, failure, a stop."""
+    verdict = evidence.verdict
+    said = verdict["outcome"] if verdict is not None else None
+    step = verdict.get("step") if verdict is not None else None
+    saved = said == "saved"
+
+    def outcome(reason: ExitReason, detail: str = "") -> Outcome:
+        return Outcome(reason, detail or reason.message, step, saved)
+
+    if said == "fenced" or any(failure["outcome"] == "fenced" for failure in evidence.failures):
+        return outcome(ExitReason.FENCED, _said([verdict, *evidence.failures], "fenced"))
+    ended_well = len(evidence.node_codes) == evidence.nodes and not any(evidence.node_codes.values())
+    if ended_well and said in (None, "completed"):
+        return outcome(ExitReason.COMPLETED)
+    if evidence.tombstone or evidence.cause is ExitReason.CANCELLED:
+        return outcome(ExitReason.CANCELLED)
+    failure = _worst_failure(evidence)
+    if failure is not None:
+        return Outcome(_failure_reason(failure), str(failure.get("message") or "the program failed"), step, False)
+    cause = evidence.cause or ExitReason.PREEMPTED
+    if said == "saved":
+        return outcome(cause)
+    if said == "unsaved":
+        return outcome(ExitReason.DEADLINE_MISSED, str(verdict["message"]) if verdict is not None else "")
+    if evidence.cause is not None or evidence.scheduler_silent:
+        return outcome(cause, f"{cause.message}; the program saved nothing before it ended")
+    if len(evidence.node_codes) < evidence.nodes:
+        return outcome(ExitReason.NODE_FAILURE, "an agent ended without a record: its node was lost, or it was killed")
+    return outcome(ExitReason.FAILURE, f"the program ended with exit code {max(evidence.node_codes.values())}")
+
+
+def _said(verdicts: Sequence[Mapping[str, Any] | None], outcome: str) -> str:
+    return next((str(v["message"]) for v in verdicts if v is not None and v["outcome"] == outcome), "")
+
+
+def _worst_failure(evidence: Evidence) -> Mapping[str, Any] | None:
+    """A rank's own words before a node's exit code; a node killed after everything was saved is no failure."""
+    ranks = [failure for failure in evidence.failures if "rank" in failure]
+    if ranks:
+        return min(ranks, key=lambda failure: float(failure.get("time", 0.0)))  # the others followed the first
+    if evidence.verdict is not None and evidence.verdict["outcome"] == "failed":
+        return evidence.verdict
+    stopped = evidence.cause is not None or evidence.scheduler_silent
+    saved = evidence.verdict is not None and evidence.verdict["outcome"] in ("saved", "unsaved")
+    return None if stopped or saved or not evidence.failures else evidence.failures[0]
+
+
+def _failure_reason(failure: Mapping[str, Any]) -> ExitReason:
+    reason = failure.get("reason")
+    return ExitReason(reason) if reason is not None else ExitReason.FAILURE
+
+
+def decide(
+    outcome: Outcome, *, attempts: Sequence[Mapping[str, Any]], caps: Mapping[str, int], silent: bool = False
+) -> Decision:
+    """Whether another attempt follows. `attempts` are the sidecar's records, this one last and already judged.
+
+    `silent`: the scheduler could not be asked why it stopped us; then nothing is requeued, because a user's scancel
+    would be undone, and the run waits for `orch resume`.
+    """
+    reason = outcome.reason
+    cap_name = reason.retry
+    if cap_name is None:
+        return Decision(False, reason.state, reason, outcome.message)
+    if silent:
+        message = f"{outcome.message}; the scheduler did not say why it stopped the job, so it was not requeued"
+        return Decision(False, JobState.NEEDS_RESUME, reason, message)
+    if _crash_loop(attempts):
+        message = f"{ExitReason.NO_PROGRESS.message}; last: {outcome.message}"
+        return Decision(False, ExitReason.NO_PROGRESS.state, ExitReason.NO_PROGRESS, message)
+    earlier = sum(1 for attempt in attempts[:-1] if _cap_of(attempt) == cap_name)
+    if earlier >= caps[cap_name]:
+        if reason in _FAILED:
+            return Decision(False, reason.state, reason, outcome.message)
+        limit = ExitReason.REQUEUE_LIMIT
+        return Decision(False, limit.state, limit, f"{outcome.message}; {cap_name}={caps[cap_name]} is used up")
+    return Decision(True, JobState.PREEMPTED, reason, outcome.message)
+
+
+def _cap_of(attempt: Mapping[str, Any]) -> str | None:
+    reason = attempt.get("exit_reason")
+    return ExitReason(reason).retry if reason else None
+
+
+def _crash_loop(attempts: Sequence[Mapping[str, Any]]) -> bool:
+    recent = attempts[-NO_PROGRESS_ATTEMPTS:]
+    return len(recent) == NO_PROGRESS_ATTEMPTS and all(
+        attempt.get("exit_reason") in _FAILED and (attempt.get("step_end") or 0) <= (attempt.get("step_start") or 0)
+        for attempt in recent
+    )
+
+
+def exit_code(decision: Decision) -> int:
+    """Exit code of the batch script (PROTOCOLS 3)."""
+    if decision.reason is ExitReason.COMPLETED:
+        return ExitCode.DONE
+    if decision.reason is ExitReason.FENCED:
+        return ExitCode.NEVER_RESTART
+    if decision.requeue or decision.state is JobState.NEEDS_RESUME:
+        return ExitCode.SAVED
+    return 1

@@ -1,0 +1,171 @@
+"""What an agent asks of the scheduler from inside an allocation; each question has a deadline, silence is an answer."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from orchestrator.states import ExitReason
+
+_QUESTION_S = 5.0
+_DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5)
+_RESERVE_S = 2.0  # kept back from KillWait for PID 1, the agent and the batch script
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Why we are being stopped and until when (unix seconds). cause None: nobody could say."""
+
+    cause: ExitReason | None
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Requeued:
+    """Answer to a requeue request."""
+
+    ok: bool
+    message: str = ""
+
+
+class Scheduler(Protocol):
+    """The agent's view of whoever started it."""
+
+    job_id: str
+
+    def why(self, lead_time_s: float) -> Notice:
+        """Ask why a stop signal has come."""
+
+    def requeue(self) -> Requeued:
+        """Ask for another attempt. Called once, after everything is saved and written."""
+
+
+class LocalScheduler:
+    """The local backend: a signal is a preemption with the spec's lead time, and the agent itself starts again."""
+
+    def __init__(self, job_id: str) -> None:
+        self.job_id = job_id
+
+    def why(self, lead_time_s: float) -> Notice:
+        """Always a preemption; a cancellation leaves its tombstone first."""
+        return Notice(ExitReason.PREEMPTED, time.time() + lead_time_s)
+
+    def requeue(self) -> Requeued:
+        """The caller loops."""
+        return Requeued(ok=True)
+
+
+Runner = Callable[[Sequence[str], float], "tuple[int, str]"]
+
+
+def run_command(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
+    """(return code, stdout and stderr); 124 when it did not end in time, 127 when there is no such program."""
+    try:
+        done = subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return 124, f"{argv[0]} gave no answer within {timeout_s:g} s"
+    except OSError as error:
+        return 127, f"{argv[0]}: {error.strerror}"
+    return done.returncode, done.stdout.decode(errors="replace")
+
+
+class SlurmScheduler:
+    """Slurm, through scontrol, for the job this process runs in (FACTS 2)."""
+
+    def __init__(self, environ: Mapping[str, str], *, run: Runner = run_command) -> None:
+        self._run = run
+        # One element's SLURM_JOB_ID can equal the array's id; requeueing that would requeue every running sibling.
+        array = environ.get("SLURM_ARRAY_JOB_ID")
+        self.job_id = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
+        self.restart_count = int(environ.get("SLURM_RESTART_COUNT", "0"))
+
+    def show_job(self) -> dict[str, str] | None:
+        """`scontrol show job -o` as a mapping; None when there is no answer."""
+        code, output = self._run(["scontrol", "show", "job", "-o", self.job_id], _QUESTION_S)
+        # The job of an array element comes with its pending siblings; the line of this element names its restarts.
+        lines = [line for line in output.splitlines() if line.startswith("JobId=")] if code == 0 else []
+        return parse_fields(lines[0]) if lines else None
+
+    def kill_wait_s(self) -> float:
+        """KillWait of the cluster; Slurm's default when it cannot be asked."""
+        code, output = self._run(["scontrol", "show", "config"], _QUESTION_S)
+        found = re.search(r"^KillWait\s*=\s*(\d+)", output, re.MULTILINE) if code == 0 else None
+        return float(found[1]) if found else _DEFAULT_KILL_WAIT_S
+
+    def why(self, lead_time_s: float) -> Notice:
+        """Tell preemption, time limit, an administrator's requeue and a user's scancel apart."""
+        now = time.time()
+        job = self.show_job()
+        if job is None:
+            return Notice(None, now + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
+        return read_notice(
+            job, now=now, lead_time_s=lead_time_s, restarts=self.restart_count, kill_wait_s=self.kill_wait_s
+        )
+
+    def node_address(self, nodelist: str) -> str | None:
+        """Address of the first node of a list, as Slurm knows it; None when it cannot be asked."""
+        code, names = self._run(["scontrol", "show", "hostnames", nodelist], _QUESTION_S)
+        if code != 0 or not names.split():
+            return None
+        first = names.split()[0]
+        code, output = self._run(["scontrol", "show", "node", "-o", first], _QUESTION_S)
+        return parse_fields(output).get("NodeAddr", first) if code == 0 else first
+
+    def requeue(self) -> Requeued:
+        """`scontrol requeue`; that Slurm was faster counts as success."""
+        code, output = self._run(["scontrol", "requeue", self.job_id], _QUESTION_S)
+        words = output.strip()
+        if code == 0 or "pending execution" in words:
+            return Requeued(ok=True)
+        return Requeued(ok=False, message=words or f"scontrol requeue ended with {code}")
+
+
+def parse_fields(line: str) -> dict[str, str]:
+    """`Key=value …` of scontrol's one-line output. Values with spaces lose their tail; none of ours has any."""
+    return dict(part.split("=", 1) for part in line.split() if "=" in part)
+
+
+def read_notice(
+    job: Mapping[str, str], *, now: float, lead_time_s: float, restarts: int, kill_wait_s: Callable[[], float]
+) -> Notice:
+    """FACTS 2 as a function of `scontrol show job`."""
+    state = job.get("JobState", "")
+    preempted = _time(job.get("PreemptTime")) is not None
+    if state == "RUNNING":
+        end = _time(job.get("EndTime"))
+        if preempted:
+            return Notice(ExitReason.PREEMPTED, end if end is not None else now + lead_time_s)
+        if end is not None and end - now <= lead_time_s + 60:  # Slurm signals up to 60 s early (FACTS 1)
+            return Notice(ExitReason.TIME_LIMIT, end)
+        return Notice(ExitReason.PREEMPTED, now + lead_time_s)  # a drill: somebody sent the signal by hand
+    deadline = now + max(kill_wait_s() - _RESERVE_S, 1.0)
+    if int(job.get("Restarts", "0")) > restarts:
+        return Notice(ExitReason.PREEMPTED if preempted else ExitReason.REQUEUED_BY_ADMIN, deadline)
+    if job.get("Reason") == "TimeLimit" or state == "TIMEOUT":
+        return Notice(ExitReason.TIME_LIMIT, deadline)
+    if state == "PREEMPTED" or preempted:
+        return Notice(ExitReason.PREEMPTED, deadline)
+    if state == "NODE_FAIL":
+        return Notice(ExitReason.NODE_FAILURE, deadline)
+    if state == "OUT_OF_MEMORY":
+        return Notice(ExitReason.OUT_OF_MEMORY, deadline)
+    return Notice(ExitReason.CANCELLED, deadline)
+
+
+def _time(text: str | None) -> float | None:
+    """A time of scontrol's in unix seconds; None for `None`, `Unknown`, `N/A` or a field that is not there."""
+    if text is None or not text[:1].isdigit():
+        return None
+    return datetime.fromisoformat(text).timestamp()
