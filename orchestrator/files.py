@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,25 +41,37 @@ def fsync_dir(path: Path | str) -> None:
 
 
 @contextmanager
-def open_atomic(path: Path | str, *, mode: int = 0o644) -> Iterator[BinaryIO]:
+def open_atomic(
+    path: Path | str, *, mode: int = 0o644, trace: Callable[[str], None] | None = None
+) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path` when the block ends: temp sibling → fsync → rename → fsync(directory).
 
-    If the block raises, `path` stays as it was and the temporary file is removed. Raises OSError.
+    If the block raises, `path` stays as it was and the temporary file is removed. `trace` is told `create`, `fsync`,
+    `rename` and `dirsync` just before each is done. Raises OSError.
     """
     target = Path(path)
     temporary = temporary_sibling(target)
+    note = trace or _untraced
     try:
+        note("create")
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with os.fdopen(fd, "wb") as handle:
             yield handle
             handle.flush()
+            note("fsync")
             os.fsync(handle.fileno())
+        note("rename")
         os.replace(temporary, target)  # noqa: PTH105 - one name for this operation everywhere
     except BaseException:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
+    note("dirsync")
     fsync_dir(target.parent)
+
+
+def _untraced(operation: str) -> None:
+    """The trace of a caller that wants none."""
 
 
 def write_atomic(path: Path | str, data: bytes, *, mode: int = 0o644) -> None:

@@ -1,0 +1,184 @@
+"""What a committed checkpoint is called and what its manifest says (PROTOCOLS 4). Pure: no file is touched here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import CheckpointCorrupt
+
+MANIFEST_VERSION = 1
+DATA_SUFFIX = ".ckpt"
+MANIFEST_SUFFIX = ".json"
+CORRUPT_SUFFIX = ".corrupt"
+POINTER = "last.ckpt"
+
+_STEM = re.compile(r"step-(?P<step>\d{9,18})\.e(?P<epoch>\d{4,9})\.(?P<nonce>[0-9a-f]{8,32})")
+_TEMPORARY = re.compile(r"\.(?P<final>.+)\.[0-9a-f]{12}\.tmp")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, order=True)
+class CheckpointName:
+    """`step-000000120.e0002.<nonce>`: optimizer step, fence epoch, and a nonce that makes every save its own file."""
+
+    step: int
+    fence_epoch: int
+    nonce: str
+
+    @classmethod
+    def fresh(cls, step: int, fence_epoch: int) -> CheckpointName:
+        """A name no other save has."""
+        return cls(step, fence_epoch, os.urandom(4).hex())
+
+    @classmethod
+    def parse(cls, file_name: str, suffix: str) -> CheckpointName | None:
+        """The name in `<stem><suffix>`, or None when the file is something else (pure)."""
+        if not file_name.endswith(suffix):
+            return None
+        match = _STEM.fullmatch(file_name[: len(file_name) - len(suffix)])
+        return None if match is None else cls(int(match["step"]), int(match["epoch"]), match["nonce"])
+
+    @classmethod
+    def parse_temporary(cls, file_name: str) -> CheckpointName | None:
+        """The name in a temporary file of a save (see orchestrator.files.temporary_sibling), else None (pure)."""
+        match = _TEMPORARY.fullmatch(file_name)
+        if match is None:
+            return None
+        return cls.parse(match["final"], DATA_SUFFIX) or cls.parse(match["final"], MANIFEST_SUFFIX)
+
+    @property
+    def stem(self) -> str:
+        return f"step-{self.step:09d}.e{self.fence_epoch:04d}.{self.nonce}"
+
+    @property
+    def data(self) -> str:
+        return self.stem + DATA_SUFFIX
+
+    @property
+    def manifest(self) -> str:
+        return self.stem + MANIFEST_SUFFIX
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """One data file of a checkpoint; `name` is a plain file name in the checkpoint's directory, `size` in bytes."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A committed checkpoint. Its existence is the commit; `step` counts optimizer steps completed."""
+
+    step: int
+    epoch: int
+    attempt: int
+    fence_epoch: int
+    world_size: int
+    nonce: str
+    files: tuple[FileEntry, ...]
+    code_hash: str | None
+    image: str | None
+    committed_at: float  # unix seconds, for people: nothing is ever decided by a clock
+    directory: str = ""  # where it was read from; not part of the file
+    sequence: int = 0  # n-th commit of its attempt: tells two saves of the same step apart
+    base_step: int | None = None  # a copy of its epoch's base, should the fence file be damaged; -1 = from scratch
+
+    @property
+    def name(self) -> CheckpointName:
+        return CheckpointName(self.step, self.fence_epoch, self.nonce)
+
+    @property
+    def path(self) -> Path:
+        """The file to load (the first one, when there are several)."""
+        return Path(self.directory) / self.files[0].name
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(entry.size for entry in self.files)
+
+    @property
+    def rank(self) -> tuple[int, int, int, str]:
+        """Sort key: the highest is the newest."""
+        return (self.step, self.fence_epoch, self.sequence, self.nonce)
+
+    def render(self) -> bytes:
+        """The bytes of the manifest file (pure)."""
+        fields: dict[str, Any] = {
+            "version": MANIFEST_VERSION,
+            "step": self.step,
+            "epoch": self.epoch,
+            "attempt": self.attempt,
+            "fence_epoch": self.fence_epoch,
+            "base_step": self.base_step,
+            "sequence": self.sequence,
+            "world_size": self.world_size,
+            "nonce": self.nonce,
+            "files": [{"name": f.name, "size": f.size, "sha256": f.sha256} for f in self.files],
+            "code_hash": self.code_hash,
+            "image": self.image,
+            "committed_at": self.committed_at,
+        }
+        return json.dumps(fields, indent=1).encode() + b"\n"
+
+
+def parse_manifest(data: bytes, *, file_name: str, directory: str) -> Manifest:
+    """The manifest in `data` (pure). Raises CheckpointCorrupt for anything but one that belongs to `file_name`.
+
+    Unknown keys are ignored, so that an older reader loads what a newer writer committed.
+    """
+    try:
+        fields = json.loads(data)
+        manifest = _from_fields(fields, directory)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointCorrupt(f"{file_name} is not a manifest: {type(error).__name__}: {error}") from error
+    if manifest.name.manifest != file_name:
+        # A copied or renamed manifest must not be taken for another step: liveness is decided by the name.
+        raise CheckpointCorrupt(f"{file_name} says it is {manifest.name.manifest}")
+    for entry in manifest.files:
+        _check_entry(entry, manifest.name)
+    return manifest
+
+
+def _from_fields(fields: Mapping[str, Any], directory: str) -> Manifest:
+    if _integer(fields["version"]) > MANIFEST_VERSION:
+        raise ValueError(f"version {fields['version']} was written by a newer orch")
+    base_step, code_hash, image = fields.get("base_step"), fields.get("code_hash"), fields.get("image")
+    return Manifest(
+        step=_integer(fields["step"]),
+        epoch=_integer(fields["epoch"]),
+        attempt=_integer(fields["attempt"]),
+        fence_epoch=_integer(fields["fence_epoch"]),
+        world_size=_integer(fields["world_size"]),
+        nonce=str(fields["nonce"]),
+        files=tuple(FileEntry(str(f["name"]), _integer(f["size"]), str(f["sha256"])) for f in fields["files"]),
+        code_hash=None if code_hash is None else str(code_hash),
+        image=None if image is None else str(image),
+        committed_at=float(fields["committed_at"]),
+        directory=directory,
+        sequence=_integer(fields.get("sequence", 0)),
+        base_step=None if base_step is None else _integer(base_step),
+    )
+
+
+def _check_entry(entry: FileEntry, name: CheckpointName) -> None:
+    # The name ends up in open(): "../../etc/passwd", "/x" and "a/b" must not leave the directory, and another
+    # checkpoint's file must not be quarantined in this one's place.
+    if "/" in entry.name or "\0" in entry.name or not entry.name.startswith(name.stem + "."):
+        raise CheckpointCorrupt(f"{name.manifest} names a file that is not its own: {entry.name!r}")
+    if entry.size < 0 or _SHA256.fullmatch(entry.sha256) is None:
+        raise CheckpointCorrupt(f"{name.manifest} has no usable size and hash for {entry.name}")
+
+
+def _integer(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected an integer, found {value!r}")
+    return value

@@ -1,0 +1,109 @@
+"""What every checkpoint store does, wherever it keeps the bytes (PROTOCOLS 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from orchestrator.checkpoint.lineage import Fence
+from orchestrator.checkpoint.manifest import Manifest
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+
+Trace = Callable[[str], None]
+"""Called with the name of every operation just before it is done: chaos tests stop or kill the process there."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that was passed over, and why (a sentence)."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Found:
+    """The checkpoint to resume from: live, and its bytes match the manifest."""
+
+    manifest: Manifest
+    path: Path
+    skipped: tuple[Skipped, ...]  # newer ones that could not be used, newest first
+
+
+class CheckpointStore(Protocol):
+    """Commits and finds checkpoints of one run. Blocking; only rank 0 of an attempt writes."""
+
+    uri: str
+
+    def find(self) -> Found | None:
+        """The newest live checkpoint whose bytes match; None when nothing was ever committed.
+
+        Damaged ones are set aside as `*.corrupt` and reported. Raises CheckpointCorrupt when checkpoints were committed
+        but none is usable (to start over silently would throw the work away for good), CheckpointError when the store
+        cannot be read.
+        """
+        ...
+
+    def open_epoch(
+        self, *, attempt: int, base: Manifest | None, discard_newer: bool = False, trace: Trace | None = None
+    ) -> Fence:
+        """Claim the run for `attempt`, going on from `base`; from now on older attempts are fenced.
+
+        Raises Fenced when a later attempt already owns the run, CheckpointError when a live checkpoint newer than
+        `base` exists (unless `discard_newer`: it would become invisible), or the claim cannot be written.
+        """
+        ...
+
+    def commit(
+        self,
+        fence: Fence,
+        write: Callable[[BinaryIO], object],
+        *,
+        step: int,
+        epoch: int,
+        world_size: int,
+        code_hash: str | None = None,
+        image: str | None = None,
+        trace: Trace | None = None,
+    ) -> Manifest:
+        """Publish what `write` writes as the checkpoint of `step`; on return it is durable.
+
+        Raises Fenced when a newer attempt owns the run, CheckpointError when it could not be written (then the previous
+        checkpoint stands); what `write` raises itself passes through.
+        """
+        ...
+
+    def manifests(self) -> list[Manifest]:
+        """Live checkpoints, newest first. Their bytes are not verified and nothing is changed."""
+        ...
+
+    def collect_garbage(self, fence: Fence, *, keep_last: int, trace: Trace | None = None) -> list[str]:
+        """Remove all but the newest `keep_last` (never fewer than two) live checkpoints; returns the names removed.
+
+        Reads the newest back first: CheckpointCorrupt, and nothing is removed, when it does not match. Leftovers of
+        older attempts are swept. Raises Fenced, CheckpointError.
+        """
+        ...
+
+
+def take_over(store: CheckpointStore, *, attempt: int) -> tuple[Found | None, Fence]:
+    """Find the checkpoint to resume from and claim the run; the two are one step for everybody else.
+
+    An older attempt that is still alive may commit between the two; then the newer checkpoint is taken. Raises as
+    `find` and `open_epoch` do.
+    """
+    for retries_left in range(4, -1, -1):
+        found = store.find()
+        base = found.manifest if found else None
+        try:
+            return found, store.open_epoch(attempt=attempt, base=base)
+        except (Fenced, CheckpointCorrupt):
+            raise
+        except CheckpointError:
+            newest = store.manifests()[:1]
+            moved = bool(newest) and (base is None or newest[0].rank > base.rank)
+            if not moved or not retries_left:
+                raise
+    raise AssertionError("unreachable")
