@@ -156,7 +156,7 @@ def checkpoint_uri(spec: JobSpec, paths: RunPaths) -> str:
     """Where this run's checkpoints lie: the run directory, or `<checkpoint.uri>/<run_id>`."""
     if spec.checkpoint.uri is None:
         return str(paths.checkpoints)
-    return f"{spec.checkpoint.uri.rstrip('/')}/{paths.run_dir.name}"
+    return f"{spec.checkpoint.uri.removeprefix('file://').rstrip('/')}/{paths.run_dir.name}"
 
 
 # --- the batch script ------------------------------------------------------------------------------------------------
@@ -174,7 +174,8 @@ def render_script(spec: JobSpec, paths: RunPaths, *, token: str, attempt_base: i
         "signals": " ".join(signals),
         "srun_args": shlex.join(srun_args(spec)),
     }
-    return _template(spec.slurm.template).render(context)
+    script: str = _template(spec.slurm.template).render(context)
+    return script
 
 
 def _template(path: str | None) -> Any:
@@ -200,16 +201,13 @@ def _template(path: str | None) -> Any:
         ) from error
 
 
-_SLURM_FIELDS_ELSEWHERE = frozenset({"setup", "srun_args", "extra_sbatch", "template", "python"})
-
-
 def sbatch_directives(spec: JobSpec, paths: RunPaths, token: str) -> list[str]:
     """`#SBATCH` lines without the prefix, in a fixed order."""
     resources = spec.resources
     options: dict[str, object] = {
         "job-name": spec.name,
         "comment": token,
-        "output": _pattern_free(str(paths.scheduler_log)),
+        "output": _log_path(str(paths.scheduler_log)),
         "open-mode": "append",  # a requeued job would truncate the log of its earlier attempts
         "chdir": "/",  # the directory of submission may be gone by then
         "export": ",".join(_EXPORTED),
@@ -222,13 +220,10 @@ def sbatch_directives(spec: JobSpec, paths: RunPaths, token: str) -> list[str]:
         "time": None if resources.time is None else _minutes_and_seconds(int(resources.time)),
         "gpus-per-node": resources.gpus_per_node or None,
     }
-    for key, value in spec.slurm.model_dump(exclude=set(_SLURM_FIELDS_ELSEWHERE)).items():
-        options[key.replace("_", "-")] = value
-    options.update(spec.slurm.extra_sbatch)
+    given = {key: value for key, value in options.items() if value is not None}
+    given.update({key: True if value is None else value for key, value in spec.slurm.options().items()})
     return [
-        f"--{key}" if value is True else f"--{key}={_directive_value(key, value)}"
-        for key, value in options.items()
-        if value is not None and value is not False
+        f"--{key}" if value is True else f"--{key}={_directive_value(key, str(value))}" for key, value in given.items()
     ]
 
 
@@ -237,24 +232,24 @@ def _minutes_and_seconds(seconds: int) -> str:
     return f"{hours:02d}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def _pattern_free(path: str) -> str:
-    return path.replace("%", "%%")  # sbatch(1), "filename pattern"
-
-
-def _directive_value(key: str, value: object) -> str:
-    """Quote a value for sbatch's own parser of `#SBATCH` lines (quotes, backslash; `#` starts a comment)."""
-    if isinstance(value, (list, tuple)):
-        value = ",".join(str(item) for item in value)
-    text = str(value)
-    if any(char in text for char in '\n\r\0"\\'):
+def _log_path(path: str) -> str:
+    """Slurm reads `%` and backslash in this one value as a pattern and has no way to escape either (22.05, measured)."""
+    if "%" in path or "\\" in path:
         raise SpecError(
-            f"{key}: {text!r} cannot stand on an #SBATCH line",
-            hint="Newlines, double quotes and backslashes are not possible there; choose another value or path.",
+            f"root: Slurm cannot write its log to {path!r}", hint="Choose a root without `%` and backslash in its path."
         )
+    return path
+
+
+def _directive_value(key: str, text: str) -> str:
+    """Quote a value for sbatch's own parser of `#SBATCH` lines (quotes, backslash; `#` starts a comment)."""
+    if any(char in text for char in "\n\r\0"):
+        raise SpecError(f"{key}: {text!r} cannot stand on an #SBATCH line", hint="It must be a single line of text.")
     plain = text.replace("-", "").replace("_", "")
     if plain.isascii() and all(char.isalnum() or char in ".:/@,=+%[]" for char in plain):
         return text
-    return f'"{text}"'
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
 
 
 def srun_args(spec: JobSpec) -> Sequence[str]:

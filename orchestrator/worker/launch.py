@@ -111,8 +111,9 @@ class Launch:
         """Start the program with the environment of the config; ranks write their own logs, the rest goes to ours."""
         config = self.config
         environ = {**os.environ, **config["env"]}
+        ignored: tuple[int, ...] = ()
         if config["torchrun"] is None:
-            argv, ignored = config["program"], ()
+            argv = config["program"]
         else:
             argv = [config["python"], os.path.abspath(__file__), "--torchrun", *self._torchrun_args()]
             # Inherited by torchrun and by ranks until they install their own handlers: a signal in between is
