@@ -40,8 +40,8 @@ _AMBIGUOUS = (
 
 # Words of sbatch → what the person can do.
 _HINTS = (
+    ("nvalid account", "slurm.account: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours"),
     ("artition", "slurm.partition: `sinfo -o %P` lists the partitions; this cluster has: {partitions}"),
-    ("ccount", "slurm.account: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours"),
     ("qos", "slurm.qos: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours"),
     ("QOS", "slurm.qos: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours"),
     ("eature", "slurm.constraint: `sinfo -o '%n %f'` lists the features of each node"),

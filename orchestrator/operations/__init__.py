@@ -1,0 +1,51 @@
+"""The verbs. What the command line, a web page and Python users call; errors are those of `orchestrator.errors`.
+
+Names are loaded on first use, so that `status` does not pay for `submit`; no module here
+may carry the name of a verb, or importing it would replace the function in this package.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from orchestrator.operations.control import cancel, preempt, resume, resume_all
+    from orchestrator.operations.describe import ps, status
+    from orchestrator.operations.images import lock_image
+    from orchestrator.operations.precheck import validate
+    from orchestrator.operations.submission import plan_of, submit
+    from orchestrator.operations.tail import logs
+    from orchestrator.operations.waiting import wait
+
+_HOMES = {
+    "control": ("cancel", "preempt", "resume", "resume_all"),
+    "images": ("lock_image",),
+    "tail": ("logs",),
+    "describe": ("ps", "status"),
+    "submission": ("plan_of", "submit"),
+    "precheck": ("validate",),
+    "waiting": ("wait",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "cancel",
+    "lock_image",
+    "logs",
+    "plan_of",
+    "preempt",
+    "ps",
+    "resume",
+    "resume_all",
+    "status",
+    "submit",
+    "validate",
+    "wait",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,239 @@
+"""`cancel`, `preempt`, `resume`: what a person may do to a run that exists."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.backends import open_backend
+from orchestrator.backends.base import SchedulerState
+from orchestrator.errors import BackendError, OrchError, RefusedError, RegistryError
+from orchestrator.files import read_json, write_json
+from orchestrator.operations.describe import OpenBackend, ask_schedulers, stand
+from orchestrator.operations.record import Record, load_record
+from orchestrator.operations.results import Cancelled, Signalled, Submitted
+from orchestrator.operations.roots import find_run, known_roots, run_names
+from orchestrator.operations.state import Standing, resolve
+from orchestrator.operations.submission import (
+    ask_or_raise,
+    check,
+    nothing_to_do,
+    reconcile,
+    run_lock,
+    start,
+    translated,
+)
+from orchestrator.paths import RootPaths, RunPaths
+from orchestrator.registry import EventLog
+from orchestrator.states import JobState
+
+if TYPE_CHECKING:
+    from orchestrator.spec import JobSpec
+
+STOPPING_DEADLINE_S = 30.0  # how long `resume` waits for a cancelled job to leave
+
+
+def cancel(run: str, *, root: str | Path | None = None, open_backend: OpenBackend = open_backend) -> Cancelled:
+    """Stop a run for good: tombstone first, so that nothing requeues it, then the scheduler. Doing it twice is fine.
+
+    Raises BackendError when the scheduler cannot be told; the tombstone stands then and the call can be repeated.
+    """
+    paths = find_run(run, root)
+    with translated(paths.run_dir):
+        record = load_record(paths)
+        if record.submission is not None and record.submission.job_id is None:
+            record = reconcile(record, open_backend)
+        asked, _ = ask_schedulers([record], open_backend)
+        before = stand(record, asked)
+        if before.state is JobState.COMPLETED:
+            return _cancelled(record, "already_completed")
+        if not record.tombstone:
+            write_json(paths.tombstone, {"time": time.time(), "user": _user()})
+        if before.state is JobState.CANCELLED and not before.alive:
+            return _cancelled(record, "already_cancelled")
+        return _stop(record, before, open_backend)
+
+
+def _stop(record: Record, before: Standing, open_backend: OpenBackend) -> Cancelled:
+    handle = record.submission.handle if record.submission else None
+    running = False
+    if handle is not None and before.alive:
+        backend = open_backend(handle.backend)
+        backend.cancel(handle)
+        running = backend.poll([handle])[handle].state in (SchedulerState.RUNNING, SchedulerState.COMPLETING)
+    if not running:
+        # No agent is left that would remove them.
+        record.paths.secrets.unlink(missing_ok=True)
+    if record.newest("cancelled") is None or not record.tombstone:
+        EventLog(record.paths, "login").append("cancelled", by=_user(), job_id=handle.job_id if handle else None)
+    return _cancelled(record, "cancelling" if running else "cancelled")
+
+
+def _cancelled(record: Record, action: str) -> Cancelled:
+    event = record.newest("checkpoint_committed")
+    step = event.get("step") if event else None
+    job_id = record.submission.job_id if record.submission else None
+    return Cancelled(record.run_id, record.paths.run_dir, job_id, action, step if isinstance(step, int) else None)
+
+
+def _user() -> str:
+    return os.environ.get("USER") or str(os.getuid())
+
+
+def preempt(
+    run: str,
+    *,
+    root: str | Path | None = None,
+    open_backend: OpenBackend = open_backend,
+    clock: Callable[[], float] = time.time,
+) -> Signalled:
+    """The drill: send the run's preemption signal to its agents. Does not wait. Raises BackendError if not running."""
+    paths = find_run(run, root)
+    record = load_record(paths)
+    handle = record.submission.handle if record.submission else None
+    asked, silent = ask_schedulers([record], open_backend)
+    standing = stand(record, asked)
+    if handle is None or standing.state is not JobState.RUNNING:
+        reason = f" ({silent[0]})" if silent else ""
+        raise BackendError(
+            f"{record.run_id} is {standing.state.value}, not running{reason}",
+            hint="a drill needs a running job; `orch status` shows where it is",
+        )
+    plan = _agent_plan(paths)
+    name = str(plan.get("signal") or "USR1")
+    now = clock()
+    open_backend(handle.backend).signal(handle, name)
+    EventLog(paths, "login").append("action", action="preempt", signal=name, by=_user(), job_id=handle.job_id)
+    lead = plan.get("lead_time_s")
+    return Signalled(
+        run_id=record.run_id,
+        run_dir=paths.run_dir,
+        job_id=handle.job_id,
+        signal=name,
+        attempt=record.last_attempt,
+        lead_time_s=lead if isinstance(lead, int) else 0,
+        time=now,
+    )
+
+
+def _agent_plan(paths: RunPaths) -> Mapping[str, Any]:
+    try:
+        plan = read_json(paths.agent_plan)
+    except FileNotFoundError:
+        raise RegistryError(
+            f"{paths.run_dir.name} has no plan: it was not started by `orch submit`",
+            hint="such a run can be looked at, not controlled",
+        ) from None
+    except OSError as error:
+        raise RegistryError(f"cannot read {paths.agent_plan}: {error}") from error
+    if not isinstance(plan, dict):
+        raise RegistryError(f"{paths.agent_plan} is damaged", hint="submit the spec again with --new")
+    return plan
+
+
+def resume(
+    run: str,
+    *,
+    overrides: Iterable[str] = (),
+    root: str | Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    open_backend: OpenBackend = open_backend,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Submitted:
+    """Continue a stopped run with the code it began with; lifts a cancellation.
+
+    `overrides` may change what is not part of the run's identity (resources, slurm, checkpoint …).
+    Raises RefusedError naming the identity fields that would change.
+    """
+    paths = find_run(run, root)
+    plan = _agent_plan(paths)
+    with translated(paths.run_dir), run_lock(paths):
+        spec = _changed_spec(paths, plan, tuple(overrides), environ)
+        record = load_record(paths)
+        if record.submission is not None and record.submission.job_id is None:
+            record = reconcile(record, open_backend)
+        if record.tombstone:
+            record = _lift_tombstone(record, open_backend, sleep)
+        done = nothing_to_do(record, ask_or_raise(record, open_backend))
+        if done is not None:
+            return done
+        check(spec, environ)
+        place = Path(str(plan["root"]))
+        return start(spec, record, place, str(plan["code_hash"]), environ, open_backend(spec.backend))
+
+
+def _lift_tombstone(record: Record, open_backend: OpenBackend, sleep: Callable[[float], None]) -> Record:
+    """Only once the cancelled job has left: it looks at the tombstone to know that it must not requeue."""
+    end = time.monotonic() + STOPPING_DEADLINE_S
+    while (standing := ask_or_raise(record, open_backend)) is not None and standing.alive:
+        if time.monotonic() > end:
+            raise RefusedError(
+                f"{record.run_id} is still stopping after its cancellation",
+                hint="wait until `orch status` says cancelled, then resume again",
+            )
+        sleep(0.5)
+        record = load_record(record.paths)
+    if standing is not None and standing.state is JobState.COMPLETED:
+        return record
+    record.paths.tombstone.unlink(missing_ok=True)
+    EventLog(record.paths, "login").append("action", action="tombstone_lifted", by=_user())
+    return load_record(record.paths)
+
+
+def _changed_spec(
+    paths: RunPaths, plan: Mapping[str, Any], overrides: tuple[str, ...], environ: Mapping[str, str]
+) -> JobSpec:
+    """The stored spec with `--set` applied. Raises RefusedError where that would make it another run."""
+    from orchestrator.identity import identity_fields
+    from orchestrator.spec import load_spec
+
+    spec = load_spec(paths.spec, environ=environ)
+    if not overrides:
+        return spec
+    changed = load_spec(paths.spec, overrides=overrides, environ=environ)
+    code = str(plan["code_hash"])
+    old, new = identity_fields(spec, code), identity_fields(changed, code)
+    drift = [field for field in old if old[field] != new[field]]
+    if changed.root != spec.root:
+        drift.append("root")
+    if changed.backend != spec.backend:
+        drift.append("backend")
+    if drift:
+        named = {"image": "container.image"}
+        raise RefusedError(
+            f"--set would change {', '.join(named.get(field, field) for field in drift)}, which makes it another run",
+            hint="resume may change resources, slurm, torchrun, checkpoint, preemption, retry; else submit again",
+        )
+    return changed
+
+
+def resume_all(
+    *,
+    root: str | Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+    open_backend: OpenBackend = open_backend,
+) -> tuple[list[Submitted], dict[str, OrchError]]:
+    """Resume every run that waits for it (`needs_resume`) under the root, or under all known roots.
+
+    One run that cannot be resumed does not stop the others: its error is in the second result.
+    """
+    places = [Path(root).expanduser().absolute()] if root else known_roots()
+    done: list[Submitted] = []
+    problems: dict[str, OrchError] = {}
+    for paths in (RootPaths(place).run(run_id) for place in places for run_id in run_names(place)):
+        try:
+            if _standing(load_record(paths), open_backend).state is JobState.NEEDS_RESUME:
+                done.append(resume(str(paths.run_dir), environ=environ, open_backend=open_backend))
+        except OrchError as error:
+            problems[paths.run_dir.name] = error
+    return done, problems
+
+
+def _standing(record: Record, open_backend: OpenBackend) -> Standing:
+    asked, silent = ask_schedulers([record], open_backend)
+    if silent:
+        return resolve(record, None)
+    return stand(record, asked)

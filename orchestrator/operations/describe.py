@@ -1,0 +1,225 @@
+"""`status` and `ps`: what the run directories say, corrected by one question per backend."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from orchestrator.backends import open_backend
+from orchestrator.backends.base import Backend, JobHandle, JobStatus
+from orchestrator.backends.squeue import expand_nodes
+from orchestrator.errors import BackendError, RegistryError
+from orchestrator.operations.record import Record, load_record
+from orchestrator.operations.results import Attempt, CheckpointRef, Progress, RunRow, RunStatus
+from orchestrator.operations.roots import find_run, known_roots, run_names
+from orchestrator.operations.state import Standing, is_settled, reason_of, resolve
+from orchestrator.paths import RootPaths, RunPaths
+from orchestrator.states import ExitReason, JobState
+
+OpenBackend: TypeAlias = Callable[[str], Backend]
+Asked: TypeAlias = dict[JobHandle, JobStatus]
+
+
+def status(run: str, *, root: str | Path | None = None, open_backend: OpenBackend = open_backend) -> RunStatus:
+    """Where a run stands. Reads files and asks its scheduler once. Raises RunNotFound, RegistryError."""
+    return status_at(find_run(run, root), open_backend=open_backend)
+
+
+def status_at(paths: RunPaths, *, open_backend: OpenBackend = open_backend) -> RunStatus:
+    """`status` of a run whose directory is known."""
+    record = load_record(paths)
+    asked, warnings = ask_schedulers([record], open_backend)
+    return describe(record, asked, warnings)
+
+
+def ask_schedulers(records: Iterable[Record], open_backend: OpenBackend = open_backend) -> tuple[Asked, list[str]]:
+    """One poll per backend for all runs the files do not settle; a silent scheduler becomes a warning."""
+    by_backend: dict[str, list[JobHandle]] = {}
+    for record in records:
+        handle = record.submission.handle if record.submission else None
+        if handle is not None and not is_settled(record):
+            by_backend.setdefault(handle.backend, []).append(handle)
+    answers: Asked = {}
+    warnings: list[str] = []
+    for name, handles in by_backend.items():
+        try:
+            answers.update(open_backend(name).poll(handles))
+        except BackendError as error:
+            warnings.append(f"{name}: {error.message}; shown is what the run directory says")
+    return answers, warnings
+
+
+def stand(record: Record, asked: Asked) -> Standing:
+    """State of one run after the schedulers were asked."""
+    handle = record.submission.handle if record.submission else None
+    return resolve(record, asked.get(handle) if handle else None)
+
+
+def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunStatus:
+    """Everything known about one run."""
+    standing = stand(record, asked)
+    attempts = _attempts(record, standing)
+    handle = record.submission.handle if record.submission else None
+    job = asked.get(handle) if handle else None
+    return RunStatus(
+        run_id=record.run_id,
+        run_dir=record.paths.run_dir,
+        name=str(record.sidecar.get("name") or record.run_id.rpartition("-")[0]),
+        state=standing.state,
+        exit_reason=standing.exit_reason,
+        message=standing.message,
+        attempt=record.last_attempt,
+        backend=record.submission.backend if record.submission else str(record.sidecar.get("backend") or ""),
+        job_id=handle.job_id if handle else record.sidecar.get("job_id"),
+        nodes=(job.nodes if job and job.nodes else attempts[-1].nodes if attempts else ()),
+        alive=standing.alive,
+        deadline=job.end if job and standing.state is JobState.RUNNING else None,
+        progress=_progress(record),
+        last_checkpoint=_last_checkpoint(record),
+        resumed_from=_resumed_from(record),
+        attempts=attempts,
+        events=record.events,
+        hparams=dict(record.sidecar.get("hparams") or {}),
+        summary=dict(record.sidecar.get("summary") or {}),
+        warnings=tuple(warnings),
+    )
+
+
+def _progress(record: Record) -> Progress:
+    """Progress of the newest attempt; an older attempt's file is ignored (PROTOCOLS 2)."""
+    seen = record.progress
+    attempt = _integer(seen.get("attempt"))
+    if attempt is None or (record.last_attempt is not None and attempt < record.last_attempt):
+        return Progress(max_steps=_integer(seen.get("max_steps")))
+    return Progress(
+        step=_integer(seen.get("step")),
+        epoch=_integer(seen.get("epoch")),
+        max_steps=_integer(seen.get("max_steps")),
+        throughput=_float(seen.get("throughput")),
+        attempt=attempt,
+        time=_float(seen.get("time")),
+    )
+
+
+def _last_checkpoint(record: Record) -> CheckpointRef | None:
+    event = record.newest("checkpoint_committed")
+    if event is None or _integer(event.get("step")) is None:
+        return None
+    path = event.get("path") or event.get("checkpoint")
+    size = _integer(event.get("size") or event.get("bytes") or event.get("size_bytes"))
+    return CheckpointRef(int(event["step"]), None if path is None else str(path), _float(event.get("time")), size)
+
+
+def _resumed_from(record: Record) -> dict[str, Any] | None:
+    """What the newest attempt started from, in the words of its `resumed` event."""
+    event = record.newest("resumed")
+    if event is None or event.get("attempt") != record.last_attempt or _integer(event.get("step")) is None:
+        return None
+    return {
+        "step": event["step"],
+        "attempt": event.get("from_attempt"),
+        "path": event.get("path") or event.get("checkpoint"),
+        "skipped": list(event.get("skipped") or ()),
+    }
+
+
+def _attempts(record: Record, standing: Standing) -> tuple[Attempt, ...]:
+    rows = [_attempt(row) for row in record.attempts if _integer(row.get("attempt")) is not None]
+    return tuple(_with_losses(row, rows[index + 1 :], record, standing) for index, row in enumerate(rows))
+
+
+def _attempt(row: Mapping[str, Any]) -> Attempt:
+    resumed = row.get("resumed_from")
+    resumed_step = resumed.get("step") if isinstance(resumed, Mapping) else row.get("step_start")
+    return Attempt(
+        number=int(row["attempt"]),
+        job_id=None if row.get("job_id") is None else str(row["job_id"]),
+        nodes=_nodes(row.get("nodes")),
+        started=_float(row.get("started")),
+        ended=_float(row.get("ended")),
+        outcome=row.get("outcome"),
+        exit_reason=reason_of(row.get("exit_reason")),
+        step_start=_integer(row.get("step_start")),
+        step_end=_integer(row.get("step_end")),
+        saved_in_s=_float(row.get("saved_in_s")),
+        resumed_step=_integer(resumed_step),
+        exit_code=_integer(row.get("exit_code")),
+    )
+
+
+def _nodes(value: Any) -> tuple[str, ...]:
+    """A list, or Slurm's own compressed text."""
+    return tuple(expand_nodes(value)) if isinstance(value, str) else tuple(value or ())
+
+
+def _with_losses(attempt: Attempt, later: list[Attempt], record: Record, standing: Standing) -> Attempt:
+    """Steps lost = where it ended minus where the next one started (or the newest checkpoint, if none did)."""
+    from dataclasses import replace
+
+    if attempt.step_end is None or attempt.ended is None:
+        return attempt
+    if attempt.exit_reason is ExitReason.COMPLETED or attempt.outcome == "completed":
+        return replace(attempt, steps_lost=0)
+    following = next((row.step_start for row in later if row.step_start is not None), None)
+    if following is None:
+        if later or standing.state is JobState.RUNNING:
+            return attempt
+        newest = _last_checkpoint(record)
+        following = newest.step if newest else 0
+    return replace(attempt, steps_lost=max(0, attempt.step_end - following))
+
+
+def ps(
+    *,
+    root: str | Path | None = None,
+    states: Iterable[JobState] = (),
+    open_backend: OpenBackend = open_backend,
+) -> tuple[list[RunRow], list[str]]:
+    """Runs under the root (all known roots when none is given), newest first, and warnings about unreadable ones."""
+    places = [Path(root).expanduser().absolute()] if root else known_roots()
+    records, warnings = _records(places)
+    asked, silent = ask_schedulers(records, open_backend)
+    wanted = set(states)
+    rows = [_row(record, stand(record, asked)) for record in records]
+    kept = [row for row in rows if not wanted or row.state in wanted]
+    return sorted(kept, key=lambda row: row.submitted or 0.0, reverse=True), warnings + silent
+
+
+def _records(places: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    records: list[Record] = []
+    warnings: list[str] = []
+    now = time.time()
+    for place in places:
+        for run_id in run_names(place):
+            try:
+                records.append(load_record(RootPaths(place).run(run_id), now=now))
+            except RegistryError as error:  # one broken run must not hide the others
+                warnings.append(f"{run_id}: {error.message}")
+    return records, warnings
+
+
+def _row(record: Record, standing: Standing) -> RunRow:
+    progress = _progress(record)
+    submission = record.submission
+    return RunRow(
+        run_id=record.run_id,
+        run_dir=record.paths.run_dir,
+        state=standing.state,
+        attempt=record.last_attempt,
+        job_id=submission.job_id if submission else None,
+        backend=submission.backend if submission else str(record.sidecar.get("backend") or ""),
+        step=progress.step,
+        max_steps=progress.max_steps,
+        submitted=submission.time if submission else None,
+        message=standing.message,
+    )
+
+
+def _integer(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def _float(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None

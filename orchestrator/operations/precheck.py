@@ -1,0 +1,39 @@
+"""`validate`: everything that can be known about a spec without a scheduler, an engine or a write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from orchestrator.operations.results import Validated
+from orchestrator.operations.submission import SpecLike, prepare
+
+
+def validate(
+    spec: SpecLike,
+    *,
+    overrides: Iterable[str] = (),
+    root: str | Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> Validated:
+    """Load the spec and hash its code. Raises SpecError listing every problem; warnings are things to know."""
+    request = prepare(spec, overrides=overrides, root=root, environ=environ)
+    snapshot = request.snapshot
+    return Validated(
+        name=request.spec.name,
+        run_id=request.run_id(),
+        code_hash=snapshot.code_hash,
+        code_files=len(snapshot.files),
+        code_bytes=snapshot.size_bytes,
+        warnings=tuple(_warnings(request.spec.secrets, request.root, environ)),
+    )
+
+
+def _warnings(secrets: Iterable[str], root: Path, environ: Mapping[str, str]) -> Iterable[str]:
+    for name in secrets:
+        if name not in environ:
+            yield f"secrets: {name} is not set in this environment; `orch submit` will ask for it"
+    existing = next((parent for parent in (root, *root.parents) if parent.exists()), root)
+    if not os.access(existing, os.W_OK):
+        yield f"root: {existing} is not writable for you"

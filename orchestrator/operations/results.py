@@ -1,0 +1,229 @@
+"""What the operations return: frozen dataclasses; `as_json()` is the document that `--json` prints (issue, item 4)."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.states import ExitReason, JobState
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """Outcome of submit and resume. `action` says whether anything was queued."""
+
+    run_id: str
+    run_dir: Path
+    backend: str
+    job_id: str | None
+    action: str  # submitted | resumed | already_queued | already_running | already_completed
+    step: int | None = None
+    summary: str = ""  # "preempt, 2 nodes × 4 GPUs, 4 h"
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def queued_now(self) -> bool:
+        """True when this call put a job in the queue."""
+        return self.action in ("submitted", "resumed")
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "run_dir": str(self.run_dir),
+            "backend": self.backend,
+            "job_id": self.job_id,
+            "action": self.action,
+        }
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Rank 0's last word on the current attempt; None where it has not said anything yet."""
+
+    step: int | None = None
+    epoch: int | None = None
+    max_steps: int | None = None
+    throughput: float | None = None
+    attempt: int | None = None
+    time: float | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"step": self.step, "epoch": self.epoch, "max_steps": self.max_steps}
+
+
+@dataclass(frozen=True)
+class CheckpointRef:
+    """The newest committed checkpoint as the events tell it."""
+
+    step: int
+    path: str | None
+    time: float | None = None
+    size_bytes: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"step": self.step, "path": self.path}
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One scheduler execution of the run. Times are unix seconds; steps count optimizer steps."""
+
+    number: int
+    job_id: str | None = None
+    nodes: tuple[str, ...] = ()
+    started: float | None = None
+    ended: float | None = None
+    outcome: str | None = None
+    exit_reason: ExitReason | None = None
+    step_start: int | None = None
+    step_end: int | None = None
+    saved_in_s: float | None = None
+    steps_lost: int | None = None
+    resumed_step: int | None = None
+    exit_code: int | None = None
+
+
+@dataclass(frozen=True)
+class RunStatus:
+    """Everything `orch status` shows of one run."""
+
+    run_id: str
+    run_dir: Path
+    name: str
+    state: JobState
+    exit_reason: ExitReason | None
+    message: str
+    attempt: int | None
+    backend: str
+    job_id: str | None
+    nodes: tuple[str, ...]
+    alive: bool
+    deadline: float | None
+    progress: Progress
+    last_checkpoint: CheckpointRef | None
+    resumed_from: dict[str, Any] | None
+    attempts: tuple[Attempt, ...]
+    events: tuple[dict[str, Any], ...]
+    hparams: dict[str, Any]
+    summary: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def succeeded(self) -> bool:
+        return self.state is JobState.COMPLETED
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "run_dir": str(self.run_dir),
+            "state": self.state.value,
+            "exit_reason": None if self.exit_reason is None else self.exit_reason.value,
+            "attempt": self.attempt,
+            "job_id": self.job_id,
+            "alive": self.alive,
+            "progress": self.progress.as_json(),
+            "last_checkpoint": None if self.last_checkpoint is None else self.last_checkpoint.as_json(),
+            "resumed_from": self.resumed_from,
+            "events": list(self.events),
+        }
+
+
+@dataclass(frozen=True)
+class RunRow:
+    """One line of `orch ps`."""
+
+    run_id: str
+    run_dir: Path
+    state: JobState
+    attempt: int | None
+    job_id: str | None
+    backend: str
+    step: int | None
+    max_steps: int | None
+    submitted: float | None
+    message: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "run_dir": str(self.run_dir), "state": self.state.value}
+
+
+@dataclass(frozen=True)
+class Waited:
+    """Outcome of `wait`: the last status, and whether the time was up before the run ended."""
+
+    status: RunStatus
+    timed_out: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.status.as_json(), "timed_out": self.timed_out}
+
+
+@dataclass(frozen=True)
+class Cancelled:
+    """Outcome of `cancel`: cancelled | cancelling | already_cancelled | already_completed."""
+
+    run_id: str
+    run_dir: Path
+    job_id: str | None
+    action: str
+    step: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"run_id": self.run_id, "run_dir": str(self.run_dir), "job_id": self.job_id, "action": self.action}
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """Outcome of `preempt`: the drill's signal has been sent to a running job."""
+
+    run_id: str
+    run_dir: Path
+    job_id: str
+    signal: str
+    attempt: int | None
+    lead_time_s: int
+    time: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "run_id": self.run_id,
+            "run_dir": str(self.run_dir),
+            "job_id": self.job_id,
+            "signal": self.signal,
+            "attempt": self.attempt,
+        }
+
+
+@dataclass(frozen=True)
+class Validated:
+    """Outcome of `validate`: a spec that loads, with what was noticed about it."""
+
+    name: str
+    run_id: str
+    code_hash: str
+    code_files: int
+    code_bytes: int
+    warnings: tuple[str, ...] = ()
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "valid": True,
+            "name": self.name,
+            "run_id": self.run_id,
+            "code": {"hash": self.code_hash, "files": self.code_files, "bytes": self.code_bytes},
+            "warnings": list(self.warnings),
+            "problems": [],
+        }
+
+
+@dataclass(frozen=True)
+class LockedImage:
+    """Outcome of `image lock`: the reference to write into the spec."""
+
+    given: str
+    image: str
+    source: str  # "registry" (pullable anywhere) | "local" (this engine only)
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)

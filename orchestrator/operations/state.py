@@ -1,0 +1,124 @@
+"""Where a run is: the run directory's own word, corrected by what the scheduler knows (PROTOCOLS 2, "Alive")."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from orchestrator.backends.base import JobStatus, SchedulerState
+from orchestrator.operations.record import Record
+from orchestrator.states import ExitReason, JobState
+
+
+@dataclass(frozen=True)
+class Standing:
+    """The answer for people: `message` is empty when the state says it all."""
+
+    state: JobState
+    alive: bool
+    exit_reason: ExitReason | None = None
+    message: str = ""
+
+
+def resolve(record: Record, job: JobStatus | None) -> Standing:
+    """Combine both. `job` is None when the scheduler could not be asked (then the heartbeat decides what lives)."""
+    alive = _alive(record, job)
+    standing = _resolve_alive(record, job) if alive else _resolve_ended(record, job)
+    if standing.exit_reason is None and standing.state not in (JobState.QUEUED, JobState.RUNNING):
+        return Standing(standing.state, alive, _last_reason(record), standing.message)
+    return standing
+
+
+def is_settled(record: Record) -> bool:
+    """True when the files alone say how the newest submission ended: nobody has to be asked.
+
+    `needs_resume` is not settled: Slurm may have requeued the job by itself after the agent gave up asking.
+    """
+    if record.submission is None:
+        return not record.heartbeat_fresh
+    return _stated(record) in (JobState.COMPLETED, JobState.CANCELLED, JobState.FAILED)
+
+
+def _alive(record: Record, job: JobStatus | None) -> bool:
+    if job is not None and job.state is not SchedulerState.UNKNOWN:
+        return job.state.alive
+    if is_settled(record) or (
+        job is not None and record.submission is not None and record.submission.backend == "local"
+    ):
+        return False  # a local agent that is not among the processes has ended, whatever its orphans still write
+    # Nobody who could be asked knows: a fresh heartbeat means somebody is training (another cluster's queue, say).
+    if job is None and record.submission is not None and record.submission.job_id is not None:
+        return record.heartbeat_fresh or _stated(record) in (None, JobState.QUEUED, JobState.PREEMPTED)
+    return record.heartbeat_fresh
+
+
+def _stated(record: Record) -> JobState | None:
+    """The state the agent of node 0 wrote about the newest submission."""
+    if not record.sidecar_is_current:
+        return None
+    value = record.sidecar.get("status")
+    return next((state for state in JobState if state == value), None)
+
+
+def _last_reason(record: Record) -> ExitReason | None:
+    value = record.sidecar.get("exit_reason") or record.verdict.get("reason")
+    return reason_of(value)
+
+
+def reason_of(value: object) -> ExitReason | None:
+    """The member of that name; None for anything else (a newer version's word must not break an older reader)."""
+    return next((reason for reason in ExitReason if reason == value), None)
+
+
+def _resolve_alive(record: Record, job: JobStatus | None) -> Standing:
+    stated = _stated(record)
+    suffix = "; being cancelled" if record.tombstone else ""
+    if job is not None and job.state is SchedulerState.PENDING:
+        words = f"waiting: {job.reason}" if job.reason else "waiting in the queue"
+        state = JobState.QUEUED if record.last_attempt is None or stated is None else JobState.PREEMPTED
+        return Standing(state, True, None, words + _held(job.reason) + suffix)
+    if stated is not None and stated is not JobState.LOST:
+        return Standing(stated, True, None, str(record.sidecar.get("message") or "") + suffix)
+    if job is None and not record.heartbeat_fresh:
+        return Standing(JobState.QUEUED, True, None, "the scheduler gave no answer" + suffix)
+    return Standing(JobState.RUNNING, True, None, suffix.lstrip("; "))
+
+
+def _held(reason: str) -> str:
+    """A job Slurm itself put on hold stays there until somebody releases it: say so (FACTS 2)."""
+    return " (`scontrol release` lets it go on)" if reason.startswith(("JobHeld", "launch_failed")) else ""
+
+
+def _resolve_ended(record: Record, job: JobStatus | None) -> Standing:
+    stated = _stated(record)
+    words = str(record.sidecar.get("message") or "") if record.sidecar_is_current else ""
+    if stated in (JobState.COMPLETED, JobState.FAILED, JobState.NEEDS_RESUME, JobState.CANCELLED):
+        if record.tombstone and stated is JobState.NEEDS_RESUME:
+            return Standing(JobState.CANCELLED, False, ExitReason.CANCELLED, words)
+        return Standing(stated, False, None, words)
+    if record.tombstone:
+        return Standing(JobState.CANCELLED, False, ExitReason.CANCELLED, "cancelled")
+    if record.submission is None:
+        return _resolve_bare(record)
+    if record.submission.job_id is None:
+        return Standing(JobState.LOST, False, None, "its submission was interrupted; nothing is in the queue")
+    scheduler = job.reason if job is not None else ""
+    if scheduler.startswith("CANCELLED") and stated is None:
+        return Standing(JobState.CANCELLED, False, ExitReason.CANCELLED, "cancelled in the queue before it started")
+    if stated is JobState.PREEMPTED:
+        return Standing(JobState.NEEDS_RESUME, False, None, "its work is saved, but it is no longer in the queue")
+    ending = f" (scheduler: {scheduler})" if scheduler else ""
+    return Standing(JobState.LOST, False, None, f"the job ended without a word from its agent{ending}")
+
+
+def _resolve_bare(record: Record) -> Standing:
+    """A run that nobody submitted (training code started by hand): only rank 0's verdict speaks."""
+    outcome = record.verdict.get("outcome")
+    states = {
+        "completed": JobState.COMPLETED,
+        "failed": JobState.FAILED,
+        "fenced": JobState.FAILED,
+        "saved": JobState.NEEDS_RESUME,
+        "unsaved": JobState.NEEDS_RESUME,
+    }
+    message = str(record.verdict.get("message") or "")
+    return Standing(states.get(str(outcome), JobState.LOST), False, None, message)

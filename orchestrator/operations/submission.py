@@ -1,0 +1,409 @@
+"""`submit`: put a run in the queue exactly once, or say why nothing needs to be done (PROTOCOLS 1)."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from orchestrator.backends import open_backend
+from orchestrator.backends.base import Backend
+from orchestrator.errors import (
+    ContainerError,
+    OrchError,
+    RefusedError,
+    RegistryError,
+    SchedulerUnavailable,
+    SpecError,
+)
+from orchestrator.files import write_atomic, write_json
+from orchestrator.operations.describe import ask_schedulers
+from orchestrator.operations.record import Record, load_record
+from orchestrator.operations.results import Submitted
+from orchestrator.operations.roots import locked, remember, resolve_root
+from orchestrator.operations.state import Standing, resolve
+from orchestrator.paths import RootPaths, RunPaths
+from orchestrator.registry import EventLog
+from orchestrator.states import JobState
+
+if TYPE_CHECKING:
+    from orchestrator.operations.snapshot import Snapshot
+    from orchestrator.plan import Plan
+    from orchestrator.spec import JobSpec
+
+OpenBackend: TypeAlias = Callable[[str], Backend]
+SpecLike: TypeAlias = "JobSpec | str | Path | Mapping[str, Any]"
+
+LOCK_DEADLINE_S = 90.0  # longer than one sbatch with its time-out: the other submitter finishes or fails first
+_MAX_ORDINAL = 10_000
+
+
+@dataclass(frozen=True)
+class Request:
+    """A spec with everything that names its run: root and code."""
+
+    spec: JobSpec
+    root: Path
+    snapshot: Snapshot
+
+    def run_id(self, ordinal: int = 1) -> str:
+        from orchestrator.identity import run_id
+
+        return run_id(self.spec, self.snapshot.code_hash, ordinal)
+
+
+def submit(
+    spec: SpecLike,
+    *,
+    overrides: Iterable[str] = (),
+    root: str | Path | None = None,
+    new: bool = False,
+    environ: Mapping[str, str] = os.environ,
+    open_backend: OpenBackend = open_backend,
+) -> Submitted:
+    """Queue the run this spec names, continue it if it stopped, or report that it is under way or done.
+
+    Blocks until the scheduler has accepted the job. Raises SpecError, BackendError, ContainerError, RegistryError;
+    RefusedError for a cancelled run. A failure leaves nothing behind that looks queued.
+    """
+    request = prepare(spec, overrides=overrides, root=root, environ=environ)
+    check(request.spec, environ)
+    with translated(request.root):
+        run_id = _fresh_id(request) if new else request.run_id()
+        paths = RootPaths(request.root).run(run_id)
+        with run_lock(paths):
+            return _submit_locked(request, paths, environ, open_backend)
+
+
+def plan_of(
+    spec: SpecLike,
+    *,
+    overrides: Iterable[str] = (),
+    root: str | Path | None = None,
+    new: bool = False,
+    environ: Mapping[str, str] = os.environ,
+) -> Plan:
+    """What `submit` would submit now (`--dry-run`). Writes nothing; needs neither scheduler nor container engine."""
+    request = prepare(spec, overrides=overrides, root=root, environ=environ)
+    with translated(request.root):
+        run_id = _free_id(request) if new else request.run_id()
+        paths = RootPaths(request.root).run(run_id)
+        record = load_record(paths) if paths.run_dir.is_dir() else None
+        return render(request.spec, paths, request.root, request.snapshot.code_hash, record)
+
+
+def prepare(
+    spec: SpecLike, *, overrides: Iterable[str], root: str | Path | None, environ: Mapping[str, str]
+) -> Request:
+    """Load the spec, settle the root, hash the code. Writes nothing."""
+    from orchestrator.operations.snapshot import hash_workspace
+
+    loaded, spec_path = load(spec, overrides, root=root, environ=environ)
+    place = resolve_root(root, loaded.root, environ)
+    snapshot = hash_workspace(loaded, spec_path=spec_path, root=place)
+    return Request(loaded, place, snapshot)
+
+
+def load(
+    spec: SpecLike,
+    overrides: Iterable[str] = (),
+    *,
+    root: str | Path | None = None,
+    environ: Mapping[str, str] = os.environ,
+) -> tuple[JobSpec, Path | None]:
+    """A spec from a file, a mapping (paths relative to the working directory) or an object, and the file's path."""
+    from orchestrator.spec import JobSpec, load_site, load_spec, parse_spec
+
+    chosen = tuple(overrides)
+    place = None if root is None else str(root)
+    if isinstance(spec, JobSpec):
+        if chosen:
+            raise SpecError("overrides need a spec file or a mapping", hint="or use spec.model_copy(update=…)")
+        return spec, None
+    site = load_site(environ)
+    if isinstance(spec, (str, Path)):
+        path = Path(spec)
+        return load_spec(path, overrides=chosen, site=site, root=place, environ=environ), path.absolute()
+    loaded = parse_spec(spec, base_dir=Path.cwd(), overrides=chosen, site=site, root=place, environ=environ)
+    return loaded, None
+
+
+def check(spec: JobSpec, environ: Mapping[str, str]) -> None:
+    """What can be known to fail before anything is written. Raises SpecError or ContainerError."""
+    missing = [name for name in spec.secrets if name not in environ]
+    if missing:
+        raise SpecError(
+            f"secrets: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in this environment",
+            hint="export the value in this shell (it is handed over in a file only you can read) and submit again",
+        )
+    if spec.backend == "local":
+        _check_mounts(spec)
+
+
+def _check_mounts(spec: JobSpec) -> None:
+    for index, mount in enumerate(spec.container.mounts):
+        if not Path(mount.source).exists():
+            raise ContainerError(
+                f"container.mounts[{index}].source: {mount.source} does not exist on this machine",
+                hint="create it, or correct the path (it is relative to the spec file)",
+            )
+
+
+def _free_id(request: Request) -> str:
+    """The first run id of this spec that no directory has."""
+    for ordinal in range(1, _MAX_ORDINAL):
+        run_id = request.run_id(ordinal)
+        if not RootPaths(request.root).run(run_id).run_dir.exists():
+            return run_id
+    raise RefusedError(f"{request.run_id()} has {_MAX_ORDINAL} copies", hint="change its name")
+
+
+def _fresh_id(request: Request) -> str:
+    """Claim a free run id by creating its directory, so that two `--new` never share one."""
+    while True:
+        run_id = _free_id(request)
+        run_dir = RootPaths(request.root).run(run_id).run_dir
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            run_dir.mkdir()
+        except FileExistsError:
+            continue
+        return run_id
+
+
+@contextmanager
+def run_lock(paths: RunPaths) -> Iterator[None]:
+    """Serialise submissions of one run; the directory is created, and removed again if nothing came to lie in it."""
+    try:
+        with locked(paths.submit_lock, deadline_s=LOCK_DEADLINE_S):
+            try:
+                yield
+            finally:
+                _remove_if_empty(paths)
+    except TimeoutError as error:
+        raise RegistryError(
+            f"another `orch` is submitting {paths.run_dir.name} and has not finished",
+            hint="wait for it; if none is running, the machine it ran on still holds the lock file",
+        ) from error
+
+
+def _remove_if_empty(paths: RunPaths) -> None:
+    """A refused first submission leaves no run directory: it would look like a run."""
+    left = {entry.name for entry in paths.run_dir.iterdir()} if paths.run_dir.is_dir() else set()
+    if left == {paths.submit_lock.name}:
+        shutil.rmtree(paths.run_dir, ignore_errors=True)
+
+
+@contextmanager
+def translated(root: Path) -> Iterator[None]:
+    """OSError while writing the root → RegistryError with the fix."""
+    try:
+        yield
+    except OSError as error:
+        what = error.strerror or str(error)
+        where = error.filename or root
+        raise RegistryError(
+            f"cannot write {where}: {what}",
+            hint=f"the root is {root}; choose a writable one with --root DIR, `root:` in the spec or $ORCH_ROOT",
+        ) from error
+
+
+def _submit_locked(
+    request: Request, paths: RunPaths, environ: Mapping[str, str], open_backend: OpenBackend
+) -> Submitted:
+    record = load_record(paths)
+    backend = open_backend(request.spec.backend)
+    if record.submission is not None and record.submission.job_id is None:
+        record = reconcile(record, open_backend)
+    standing = ask_or_raise(record, open_backend)
+    done = nothing_to_do(record, standing)
+    if done is not None:
+        return replace(done, warnings=_remembered(paths, request.root, environ))
+    if standing is not None and standing.state is JobState.CANCELLED:
+        raise RefusedError(
+            f"{record.run_id} was cancelled",
+            hint=f"`orch resume {record.run_id}` lifts that and goes on; a fresh copy: --new",
+        )
+    return start(request.spec, record, request.root, request.snapshot, environ, backend)
+
+
+def reconcile(record: Record, open_backend: OpenBackend) -> Record:
+    """A submitter died between queueing and noting the job id: look for its token, and note the id now."""
+    submission = record.submission
+    assert submission is not None
+    handle = open_backend(submission.backend).find(submission.token)
+    if handle is None:
+        return record
+    _note_submitted(record.paths, handle.job_id, submission.backend, submission.token, submission.attempt_base)
+    return load_record(record.paths)
+
+
+def ask_or_raise(record: Record, open_backend: OpenBackend) -> Standing | None:
+    """Where the run stands, None if it was never submitted; a silent scheduler is an error, not a guess."""
+    if record.submission is None and not record.sidecar and record.last_attempt is None:
+        return None
+    asked, silent = ask_schedulers([record], open_backend)
+    if silent:
+        raise SchedulerUnavailable(
+            f"whether {record.run_id} is still in the queue is not known: {silent[0]}",
+            hint="try again when the scheduler answers; nothing was submitted",
+        )
+    handle = record.submission.handle if record.submission else None
+    return resolve(record, asked.get(handle) if handle else None)
+
+
+def nothing_to_do(record: Record, standing: Standing | None) -> Submitted | None:
+    if standing is None or (record.tombstone and standing.state is not JobState.COMPLETED):
+        return None if standing is None or not standing.alive else _refuse_stopping(record)
+    if standing.state is JobState.COMPLETED:
+        return _already(record, "already_completed")
+    if not standing.alive or standing.state in (JobState.FAILED, JobState.NEEDS_RESUME, JobState.LOST):
+        return None
+    return _already(record, "already_running" if standing.state is JobState.RUNNING else "already_queued")
+
+
+def _refuse_stopping(record: Record) -> Submitted:
+    raise RefusedError(
+        f"{record.run_id} is being cancelled and has not stopped yet",
+        hint=f"wait for it (`orch wait {record.run_id}`), then `orch resume {record.run_id}`",
+    )
+
+
+def _already(record: Record, action: str) -> Submitted:
+    submission = record.submission
+    step = record.progress.get("step")
+    return Submitted(
+        run_id=record.run_id,
+        run_dir=record.paths.run_dir,
+        backend=submission.backend if submission else str(record.sidecar.get("backend") or ""),
+        job_id=submission.job_id if submission else record.sidecar.get("job_id"),
+        action=action,
+        step=step if isinstance(step, int) else None,
+    )
+
+
+def render(spec: JobSpec, paths: RunPaths, root: Path, code_hash: str, record: Record | None) -> Plan:
+    """The plan of the next submission. The same state of the run directory gives the same bytes."""
+    from orchestrator.plan import render_plan
+
+    last = record.last_attempt if record else None
+    return render_plan(
+        spec,
+        run_id=paths.run_dir.name,
+        root=root,
+        code_hash=code_hash,
+        attempt_base=0 if last is None else last + 1,
+        python=sys.executable,
+        nonce=str(_submissions(record) if record else 0),
+    )
+
+
+def _submissions(record: Record) -> int:
+    return sum(1 for event in record.events if event.get("event") == "action" and event.get("action") == "submitting")
+
+
+def start(
+    spec: JobSpec,
+    record: Record,
+    root: Path,
+    snapshot: Snapshot | str,
+    environ: Mapping[str, str],
+    backend: Backend,
+) -> Submitted:
+    """Write the run directory and queue it; the caller holds the run's lock and knows that nothing of it is alive.
+
+    `snapshot` is a code hash when the code is already stored (resume).
+    """
+    paths = record.paths
+    first = record.submission is None and record.last_attempt is None
+    code_hash = snapshot if isinstance(snapshot, str) else snapshot.code_hash
+    plan = render(spec, paths, root, code_hash, record)
+    try:
+        if not isinstance(snapshot, str):
+            _store_code(snapshot, root)
+        _write_run(spec, plan, paths, environ)
+        handle = _queue(plan, paths, environ, backend)
+    except BaseException as error:
+        # Secrets never outlive a submission that did not happen, whatever stopped it (Ctrl-C included).
+        paths.secrets.unlink(missing_ok=True)
+        if first and not isinstance(error, SchedulerUnavailable):
+            shutil.rmtree(paths.run_dir, ignore_errors=True)
+        raise
+    earlier = record.submission is not None and record.submission.job_id is not None
+    return Submitted(
+        run_id=plan.run_id,
+        run_dir=paths.run_dir,
+        backend=plan.backend,
+        job_id=handle.job_id,
+        action="resumed" if earlier or record.last_attempt is not None else "submitted",
+        summary=summarise(spec),
+        warnings=_remembered(paths, root, environ),
+    )
+
+
+def _store_code(snapshot: Snapshot, root: Path) -> None:
+    from orchestrator.operations.snapshot import ensure_snapshot
+
+    ensure_snapshot(snapshot, RootPaths(root))
+
+
+def _write_run(spec: JobSpec, plan: Plan, paths: RunPaths, environ: Mapping[str, str]) -> None:
+    """Files of the run; the secrets last, with their mode from the first byte on."""
+    from orchestrator.spec import dump_spec
+
+    paths.plan_dir.mkdir(parents=True, exist_ok=True)
+    paths.events_dir.mkdir(exist_ok=True)
+    paths.scheduler_log.parent.mkdir(exist_ok=True)  # Slurm does not create the directory of --output
+    write_atomic(paths.spec, dump_spec(spec).encode())
+    write_atomic(paths.agent_plan, plan.agent_json.encode())
+    if plan.script:
+        write_atomic(paths.script, plan.script.encode(), mode=0o755)
+    if not paths.labels.exists():
+        write_json(paths.labels, {"version": 1, "tags": list(spec.tags), "notes": spec.notes})
+    if spec.secrets:
+        import json
+
+        values = {name: environ[name] for name in spec.secrets}
+        write_atomic(paths.secrets, json.dumps(values).encode(), mode=0o600)
+
+
+def _queue(plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Backend) -> Any:
+    """Intent, submission, job id: a crash in between is resolved by the token at the next look."""
+    log = EventLog(paths, "login")
+    base = int(plan.agent["attempt_base"])
+    log.append("action", action="submitting", token=plan.token, backend=plan.backend, attempt_base=base)
+    try:
+        handle = backend.submit(plan, environ=environ)
+    except SchedulerUnavailable:
+        raise  # whether it is queued is not known: the open intent makes the next submit look first
+    except OrchError as error:
+        log.append("action", action="submission_failed", token=plan.token, message=error.message)
+        raise
+    _note_submitted(paths, handle.job_id, plan.backend, plan.token, base)
+    return handle
+
+
+def _note_submitted(paths: RunPaths, job_id: str, backend: str, token: str, attempt_base: int) -> None:
+    EventLog(paths, "login").append("submitted", job_id=job_id, backend=backend, token=token, attempt_base=attempt_base)
+
+
+def _remembered(paths: RunPaths, root: Path, environ: Mapping[str, str]) -> tuple[str, ...]:
+    warning = remember(paths.run_dir.name, root, environ)
+    return () if warning is None else (warning,)
+
+
+def summarise(spec: JobSpec) -> str:
+    """`preempt, 2 nodes × 4 GPUs, 4 h`: what was asked for, in a few words."""
+    resources = spec.resources
+    each = f" × {resources.gpus_per_node} GPUs" if resources.gpus_per_node else ""
+    parts = [
+        spec.slurm.partition if spec.backend == "slurm" else None,
+        f"{resources.nodes} node{'s' if resources.nodes > 1 else ''}{each}",
+        None if resources.time is None else str(resources.time),
+    ]
+    return ", ".join(part for part in parts if part)
