@@ -129,7 +129,7 @@ def _plain(value: Any) -> Any:
 
 
 class Job(_Section):
-    """What runs: exactly one of `module`, `script` (both under torchrun), `command` (once per node, without torchrun)."""
+    """What runs: one of `module`, `script` (both under torchrun), `command` (once per node, without torchrun)."""
 
     model_config = ConfigDict(
         json_schema_extra={
@@ -395,7 +395,7 @@ class Slurm(_Section):
         return result
 
     def options(self) -> dict[str, str | None]:
-        """Every option of an `#SBATCH` line by sbatch's long name without dashes; None = a bare flag. Values unquoted."""
+        """Options for `#SBATCH` lines by sbatch's long name without dashes; None = a bare flag. Values unquoted."""
         surrounding = {"setup", "srun_args", "extra_sbatch", "template", "python", "exclusive"}
         named = {
             field.replace("_", "-"): str(getattr(self, field))

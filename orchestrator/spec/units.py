@@ -1,4 +1,4 @@
-"""Values that carry their unit: `Memory` (bytes), `WallTime`, `Duration` (seconds). Text becomes a number once, here."""
+"""Values that carry their unit: `Memory` (bytes), `WallTime`, `Duration` (seconds). Text becomes a number here."""
 
 from __future__ import annotations
 
