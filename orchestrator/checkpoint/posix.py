@@ -287,6 +287,8 @@ class PosixStore:
                     break
             note("fence-check")
             self._confirm_epoch(fence, base)
+        if base is not None:
+            self._point_to(base.name, fence, note)  # it may still name a checkpoint that was set aside
         return fence
 
     def _next_fence(self, names: Sequence[str], attempt: int, base: Manifest | None, discard_newer: bool) -> Fence:
@@ -416,7 +418,7 @@ class PosixStore:
             raise
         note("check-after")
         self._require_ownership(fence)
-        self._point_to(name, note)
+        self._point_to(name, fence, note)
         # Renaming the pointer may have been the moment of the take-over: better to know now than at the next save.
         note("check-last")
         self._require_ownership(fence)
@@ -441,8 +443,8 @@ class PosixStore:
                 )
         return FileEntry(name.data, stream.size, stream.sha256)
 
-    def _point_to(self, name: CheckpointName, note: Trace) -> None:
-        temporary = self.directory / f".{POINTER}.e{name.fence_epoch:04d}.{os.urandom(6).hex()}.tmp"
+    def _point_to(self, name: CheckpointName, fence: Fence, note: Trace) -> None:
+        temporary = self.directory / f".{POINTER}.e{fence.epoch:04d}.{os.urandom(6).hex()}.tmp"
         try:
             note("pointer-create")
             temporary.symlink_to(name.data)
@@ -455,6 +457,12 @@ class PosixStore:
             _log.warning("%s was not updated to %s: %s", self.directory / POINTER, name.data, _describe(error))
             with suppress(OSError):  # swept by the next attempt
                 temporary.unlink()
+
+    def _correct_pointer(self, newest: Manifest, fence: Fence, note: Trace) -> None:
+        # A replaced attempt may have swapped it late: it must not be left naming a file that is about to be removed.
+        with suppress(FileNotFoundError):
+            if os.readlink(self.directory / POINTER) != newest.name.data:  # noqa: PTH115 - a string, not a path
+                self._point_to(newest.name, fence, note)
 
     def _discard(self, name: CheckpointName) -> None:
         """Take back a save that failed. Manifest first: while it exists, its data must."""
@@ -493,11 +501,14 @@ class PosixStore:
                 for name in _manifest_names(names)
                 if name.fence_epoch < fence.epoch and not lineage.is_live(name.fence_epoch, name.step)
             ]
-            if victims and live:
+            if not live:
+                victims = []
+            if victims:
                 note("gc-verify")
                 self._require_readable(live[0])
                 self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
-            removed = self._remove(victims if live else [], names, note)
+                self._correct_pointer(live[0], fence, note)
+            removed = self._remove(victims, names, note)
             note("gc-sweep")
             return removed + self._sweep(names, fence)
 
