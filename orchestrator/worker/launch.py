@@ -212,17 +212,16 @@ class Launch:
         return deadline is not None and time.time() > deadline["deadline"] + self.config["deadline_slack_s"]
 
     def _end_everything(self) -> None:
-        """SIGKILL all descendants, again until none is left (one may fork while we look); bounded."""
+        """SIGKILL and reap all descendants, again until none is left (one may fork while we look); bounded."""
         until = time.monotonic() + 10
         while time.monotonic() < until:
-            alive = descendants(os.getpid())
-            if not alive:
-                return
-            for pid in alive:
+            for pid in descendants(os.getpid()):
                 _kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
+            try:
                 while os.waitpid(-1, os.WNOHANG)[0]:
                     pass
+            except ChildProcessError:  # orphans become ours, so no child means no descendant
+                return
             time.sleep(0.01)
         print(f"orch: could not end processes {sorted(descendants(os.getpid()))}", file=sys.stderr, flush=True)
 

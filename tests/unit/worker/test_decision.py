@@ -1,0 +1,129 @@
+"""Why an attempt ended and what follows: the rules of PROTOCOLS 3, as a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.states import ExitCode, ExitReason, JobState
+from orchestrator.worker.decision import Evidence, Outcome, decide, exit_code, judge
+
+CAPS = {"max_requeues": 2, "time_limit": 2, "node_failure": 1, "out_of_memory": 0, "failure": 0}
+
+
+def evidence(**changes: Any) -> Evidence:
+    base: dict[str, Any] = {
+        "tombstone": False,
+        "verdict": None,
+        "failures": (),
+        "node_codes": {0: 0},
+        "nodes": 1,
+        "cause": None,
+        "scheduler_silent": False,
+    }
+    return Evidence(**{**base, **changes})
+
+
+def verdict(outcome: str, **changes: Any) -> dict[str, Any]:
+    return {"outcome": outcome, "rank": 0, "step": 7, "reason": None, "message": outcome, "time": 1.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("found", "reason"),
+    [
+        (evidence(), ExitReason.COMPLETED),
+        (evidence(verdict=verdict("completed")), ExitReason.COMPLETED),
+        # A run that has finished is finished, also when somebody cancels or preempts it in its last second.
+        (evidence(verdict=verdict("completed"), tombstone=True), ExitReason.COMPLETED),
+        (evidence(verdict=verdict("completed"), cause=ExitReason.PREEMPTED), ExitReason.COMPLETED),
+        (evidence(verdict=verdict("saved"), node_codes={0: 75}, cause=ExitReason.PREEMPTED), ExitReason.PREEMPTED),
+        (evidence(verdict=verdict("saved"), node_codes={0: 75}, cause=ExitReason.TIME_LIMIT), ExitReason.TIME_LIMIT),
+        (evidence(verdict=verdict("saved"), node_codes={0: 75}, cause=ExitReason.CANCELLED), ExitReason.CANCELLED),
+        (evidence(verdict=verdict("saved"), node_codes={0: 75}, tombstone=True), ExitReason.CANCELLED),
+        (
+            evidence(verdict=verdict("unsaved"), node_codes={0: 75}, cause=ExitReason.PREEMPTED),
+            ExitReason.DEADLINE_MISSED,
+        ),
+        (evidence(verdict=verdict("fenced"), node_codes={0: 93}, tombstone=True), ExitReason.FENCED),
+        # Peers of a fenced rank 0 lose their connection and complain: that must not become a retried failure.
+        (
+            evidence(verdict=verdict("fenced"), failures=[verdict("failed", rank=3)], node_codes={0: 1}),
+            ExitReason.FENCED,
+        ),
+        (evidence(failures=[verdict("failed", rank=3)], node_codes={0: 1}), ExitReason.FAILURE),
+        (
+            evidence(verdict=verdict("saved"), failures=[verdict("failed", rank=3)], node_codes={0: 75}),
+            ExitReason.FAILURE,
+        ),
+        (evidence(node_codes={0: 1}), ExitReason.FAILURE),
+        (evidence(node_codes={0: 137}, cause=ExitReason.PREEMPTED), ExitReason.PREEMPTED),
+        (evidence(node_codes={}, nodes=1), ExitReason.NODE_FAILURE),
+        (evidence(node_codes={0: 0}, nodes=2), ExitReason.NODE_FAILURE),
+        (
+            evidence(verdict=verdict("failed", reason="checkpoint_failure"), node_codes={0: 1}),
+            ExitReason.CHECKPOINT_FAILURE,
+        ),
+    ],
+)
+def test_judge_names_the_reason(found: Evidence, reason: ExitReason) -> None:
+    assert judge(found).reason is reason
+
+
+def test_the_first_failing_rank_is_quoted() -> None:
+    late, early = (
+        verdict("failed", rank=0, time=9.0, message="late"),
+        verdict("failed", rank=1, time=2.0, message="early"),
+    )
+    assert judge(evidence(failures=[late, early], node_codes={0: 1})).message == "early"
+
+
+def test_an_unsaved_stop_says_so() -> None:
+    assert "saved nothing" in judge(evidence(node_codes={0: 137}, cause=ExitReason.PREEMPTED)).message
+
+
+@pytest.mark.parametrize("reason", list(ExitReason))
+def test_every_reason_leads_to_a_consistent_decision(reason: ExitReason) -> None:
+    caps = {**CAPS, "out_of_memory": 2, "failure": 2}
+    decision = decide(Outcome(reason, "m", 1, False), attempts=[{"exit_reason": reason.value}], caps=caps)
+    assert decision.requeue == (reason.retry is not None)
+    assert decision.requeue != decision.state.terminal
+    assert exit_code(decision) in (ExitCode.DONE, ExitCode.SAVED, ExitCode.NEVER_RESTART, 1)
+
+
+def attempts(*reasons: ExitReason, step: int = 5) -> list[dict[str, Any]]:
+    return [{"exit_reason": r.value, "step_start": n * step, "step_end": (n + 1) * step} for n, r in enumerate(reasons)]
+
+
+def test_preemptions_stop_at_their_cap_and_wait_for_resume() -> None:
+    three = attempts(*[ExitReason.PREEMPTED] * 3)
+    assert decide(Outcome(ExitReason.PREEMPTED, "m", 1, True), attempts=three[:2], caps=CAPS).requeue
+    spent = decide(Outcome(ExitReason.PREEMPTED, "m", 1, True), attempts=three, caps=CAPS)
+    assert (spent.requeue, spent.state, spent.reason) == (False, JobState.NEEDS_RESUME, ExitReason.REQUEUE_LIMIT)
+
+
+def test_a_failure_with_its_cap_spent_stays_a_failure() -> None:
+    decision = decide(Outcome(ExitReason.FAILURE, "boom", 1, False), attempts=attempts(ExitReason.FAILURE), caps=CAPS)
+    assert (decision.state, decision.reason, decision.message) == (JobState.FAILED, ExitReason.FAILURE, "boom")
+
+
+def test_a_crash_loop_ends_although_its_cap_is_not_spent() -> None:
+    caps = {**CAPS, "failure": 10}
+    stuck = attempts(*[ExitReason.FAILURE] * 3, step=0)
+    moving = attempts(*[ExitReason.FAILURE] * 3)
+    assert (
+        decide(Outcome(ExitReason.FAILURE, "m", 0, False), attempts=stuck, caps=caps).reason is ExitReason.NO_PROGRESS
+    )
+    assert decide(Outcome(ExitReason.FAILURE, "m", 0, False), attempts=moving, caps=caps).requeue
+
+
+def test_preemptions_never_count_as_a_crash_loop() -> None:
+    stuck = attempts(*[ExitReason.PREEMPTED] * 3, step=0)
+    assert decide(Outcome(ExitReason.PREEMPTED, "m", 0, True), attempts=stuck, caps={**CAPS, "max_requeues": 9}).requeue
+
+
+def test_silence_of_the_scheduler_never_requeues_and_never_cancels() -> None:
+    decision = decide(
+        Outcome(ExitReason.PREEMPTED, "m", 1, True), attempts=attempts(ExitReason.PREEMPTED), caps=CAPS, silent=True
+    )
+    assert (decision.requeue, decision.state) == (False, JobState.NEEDS_RESUME)

@@ -1,0 +1,200 @@
+"""PID 1 with real processes: signals, verdicts, leash and deadline. Stdlib programs, so that it takes milliseconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.worker import launch
+
+PATIENT = """
+import os, signal, sys, time
+told = []
+for name in ("USR1", "TERM"):
+    signal.signal(getattr(signal, "SIG" + name), lambda signum, frame: told.append(signum))
+print("ready", flush=True)
+while not told:
+    time.sleep(0.01)
+with open(sys.argv[1] + ".tmp", "w") as out:
+    out.write('{"outcome": "%s"}' % sys.argv[2])
+os.replace(sys.argv[1] + ".tmp", sys.argv[1])
+"""
+
+
+def poll(condition: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+    until = time.monotonic() + timeout
+    while time.monotonic() < until:
+        found = condition()
+        if found:
+            return found
+        time.sleep(0.01)
+    raise AssertionError(f"timed out: {what}")
+
+
+class Node:
+    """The agent's side of PID 1."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.verdict = directory / "verdict.json"
+        self.log = directory / "node.log"
+        self.deadline = directory / "deadline.json"
+        os.mkfifo(directory / "leash", 0o600)
+        self.leash: int | None = os.open(directory / "leash", os.O_RDWR | os.O_CLOEXEC)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, program: list[str], **changes: Any) -> None:
+        config = {
+            "program": program,
+            "python": sys.executable,
+            "torchrun": None,
+            "cwd": str(self.directory),
+            "env": {},
+            "signal": "USR1",
+            "leash": str(self.directory / "leash"),
+            "up": str(self.directory / "up"),
+            "deadline_file": str(self.deadline),
+            "deadline_slack_s": 0.0,
+            "verdict": str(self.verdict),
+            "log_dir": str(self.directory),
+            "node_log": str(self.log),
+            **changes,
+        }
+        path = self.directory / "config.json"
+        path.write_text(json.dumps(config))
+        self.process = subprocess.Popen([sys.executable, launch.__file__, path])
+
+    def order(self, order: bytes) -> None:
+        assert self.leash is not None
+        os.write(self.leash, order)
+
+    def let_go(self) -> None:
+        if self.leash is not None:
+            os.close(self.leash)
+            self.leash = None
+
+    def exit_code(self) -> int:
+        assert self.process is not None
+        return self.process.wait(timeout=20)
+
+    def ready(self) -> None:
+        poll(lambda: self.log.exists() and "ready" in self.log.read_text(), "the program is up")
+
+
+@pytest.fixture
+def node(tmp_path: Path) -> Iterator[Node]:
+    node = Node(tmp_path)
+    yield node
+    node.let_go()
+    if node.process is not None:
+        node.process.wait(timeout=20)
+
+
+def python(code: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-c", code, *arguments]
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("saved", 75), ("unsaved", 75), ("fenced", 93), ("failed", 1)])
+def test_the_verdict_becomes_the_exit_code(node: Node, outcome: str, code: int) -> None:
+    node.start(python(PATIENT, str(node.verdict), outcome))
+    node.ready()
+    node.order(b"U")
+    assert node.exit_code() == code
+
+
+def test_without_a_verdict_the_program_speaks_for_itself(node: Node) -> None:
+    node.start(python("raise SystemExit(7)"))
+    assert node.exit_code() == 7
+
+
+def test_a_death_by_signal_is_128_plus_its_number(node: Node) -> None:
+    node.start(python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))
+    assert node.exit_code() == 128 + signal.SIGSEGV
+
+
+def test_an_order_given_before_the_handler_is_delivered_later(node: Node) -> None:
+    node.order(b"U")
+    node.start(python("import time; time.sleep(0.5)\n" + PATIENT, str(node.verdict), "saved"))
+    assert node.exit_code() == 75
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_pid_1_itself_is_passed_on(node: Node, signum: int) -> None:
+    node.start(python(PATIENT, str(node.verdict), "saved"))
+    node.ready()
+    assert node.process is not None
+    node.process.send_signal(signum)
+    assert node.exit_code() == 75
+
+
+def test_a_program_that_ignores_signals_is_left_to_the_deadline(node: Node) -> None:
+    node.start(python("import time; print('ready', flush=True); time.sleep(60)"))
+    node.ready()
+    node.deadline.write_text(json.dumps({"deadline": time.time() + 0.3}))
+    node.order(b"U")
+    assert node.exit_code() == launch.KILLED
+
+
+def test_a_save_whose_process_hangs_afterwards_still_counts(node: Node) -> None:
+    node.start(python(PATIENT + "\ntime.sleep(60)", str(node.verdict), "saved"))
+    node.ready()
+    node.deadline.write_text(json.dumps({"deadline": time.time() + 1.0}))
+    node.order(b"U")
+    assert node.exit_code() == 75
+
+
+def grandchildren_program(directory: Path) -> list[str]:
+    """A program with a child in a session of its own, as torchrun's workers are, that ignores SIGTERM."""
+    stubborn = (
+        "import os, signal, time; signal.signal(15, signal.SIG_IGN); print(os.getpid(), flush=True); time.sleep(60)"
+    )
+    return python(
+        "import subprocess, sys, time\n"
+        f"out = open({str(directory / 'pid')!r}, 'w')\n"
+        f"subprocess.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True, stdout=out)\n"
+        "print('ready', flush=True)\n"
+        "time.sleep(60)"
+    )
+
+
+@pytest.mark.parametrize("end", ["leash", "kill order", "program ends"])
+def test_nothing_survives_pid_1(node: Node, end: str) -> None:
+    program = grandchildren_program(node.directory)
+    if end == "program ends":
+        program[-1] = program[-1].removesuffix("time.sleep(60)") + "time.sleep(0.5)"
+    node.start(program)
+    node.ready()
+    pid = int(poll(lambda: (node.directory / "pid").read_text(), "the grandchild is up"))
+    if end == "leash":
+        node.let_go()
+    elif end == "kill order":
+        node.order(b"K")
+    assert node.exit_code() == (0 if end == "program ends" else launch.KILLED)
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_a_missing_program_is_told_apart(node: Node) -> None:
+    node.start(["/no/such/program"])
+    assert node.exit_code() == 127
+    assert "cannot start the program" in node.log.read_text()
+
+
+def test_pid_1_needs_nothing_but_the_standard_library() -> None:
+    # -I -S: neither site-packages nor the working directory can be imported from.
+    code = f"import runpy; runpy.run_path({launch.__file__!r}, run_name='imported')"
+    subprocess.run([sys.executable, "-I", "-S", "-c", code], check=True)
+
+
+def test_a_worker_writes_its_own_log(tmp_path: Path) -> None:
+    argv = [sys.executable, launch.__file__, "--worker", str(tmp_path), sys.executable, "-c", "print('from rank 3')"]
+    subprocess.run(argv, env={**os.environ, "RANK": "3"}, check=True)
+    assert (tmp_path / "rank-3.log").read_text() == "from rank 3\n"

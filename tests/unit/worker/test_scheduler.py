@@ -1,0 +1,84 @@
+"""What scontrol's words mean (FACTS 2), and that every question comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime
+
+import pytest
+
+from orchestrator.states import ExitReason
+from orchestrator.worker.scheduler import SlurmScheduler, parse_fields, read_notice, run_command
+
+NOW = datetime(2030, 1, 1, 12, 0, 0).timestamp()
+
+
+def stamp(seconds: float) -> str:
+    return datetime.fromtimestamp(NOW + seconds).isoformat()
+
+
+@pytest.mark.parametrize(
+    ("job", "cause", "deadline"),
+    [
+        ({"JobState": "RUNNING", "PreemptTime": stamp(0), "EndTime": stamp(20)}, ExitReason.PREEMPTED, 20),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": stamp(110)}, ExitReason.TIME_LIMIT, 110),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": stamp(9999)}, ExitReason.PREEMPTED, 120),
+        ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "Unknown"}, ExitReason.PREEMPTED, 120),
+        ({"JobState": "COMPLETING", "Restarts": "2"}, ExitReason.REQUEUED_BY_ADMIN, 3),
+        ({"JobState": "COMPLETING", "Restarts": "2", "PreemptTime": stamp(0)}, ExitReason.PREEMPTED, 3),
+        ({"JobState": "COMPLETING", "Restarts": "1", "Reason": "TimeLimit"}, ExitReason.TIME_LIMIT, 3),
+        ({"JobState": "COMPLETING", "Restarts": "1", "Reason": "None"}, ExitReason.CANCELLED, 3),
+        ({"JobState": "NODE_FAIL", "Restarts": "1"}, ExitReason.NODE_FAILURE, 3),
+    ],
+)
+def test_causes_are_told_apart(job: dict[str, str], cause: ExitReason, deadline: float) -> None:
+    notice = read_notice(job, now=NOW, lead_time_s=120, restarts=1, kill_wait_s=lambda: 5.0)
+    assert notice.cause is cause
+    assert notice.deadline == pytest.approx(NOW + deadline)
+
+
+def answers(**by_verb: tuple[int, str]) -> SlurmScheduler:
+    def run(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
+        assert timeout_s > 0
+        return by_verb[argv[1]]
+
+    return SlurmScheduler({"SLURM_JOB_ID": "7"}, run=run)
+
+
+def test_silence_is_no_cause() -> None:
+    notice = answers(show=(124, "no answer")).why(120)
+    assert notice.cause is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok"),
+    [
+        ((0, ""), True),
+        ((1, "Job is pending execution for job 7\n"), True),
+        ((1, "Requested operation is presently disabled for job 7"), False),
+        ((124, ""), False),
+    ],
+)
+def test_requeue_succeeds_when_slurm_was_faster(answer: tuple[int, str], ok: bool) -> None:
+    done = answers(requeue=answer).requeue()
+    assert done.ok is ok
+    assert ok or done.message
+
+
+def test_an_array_element_is_named_by_array_and_index() -> None:
+    environ = {"SLURM_JOB_ID": "40", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}
+    assert SlurmScheduler(environ).job_id == "40_3"
+
+
+def test_a_question_that_hangs_has_a_deadline() -> None:
+    code, words = run_command(["sleep", "30"], 0.05)
+    assert code == 124
+    assert "no answer" in words
+
+
+def test_a_missing_program_is_an_answer() -> None:
+    assert run_command(["/no/such/program"], 1.0)[0] == 127
+
+
+def test_fields_are_parsed() -> None:
+    assert parse_fields("JobId=7 JobState=RUNNING X=a=b") == {"JobId": "7", "JobState": "RUNNING", "X": "a=b"}
