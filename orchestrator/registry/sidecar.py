@@ -43,6 +43,7 @@ def _new_attempt(attempt: int) -> dict[str, Any]:
         "ended": None,
         "outcome": None,
         "exit_reason": None,
+        "message": None,
         "step_start": None,
         "step_end": None,
         "saved_in_s": None,

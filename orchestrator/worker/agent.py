@@ -330,8 +330,7 @@ def slurm_place(orders: Mapping[str, Any], scheduler: SlurmScheduler, environ: M
     host = "127.0.0.1"
     local = None
     if nodes > 1:
-        nodelist = environ["SLURM_STEP_NODELIST"]
-        host = scheduler.node_address(nodelist) or name
+        host = scheduler.node_address(scheduler.node_names(environ["SLURM_STEP_NODELIST"])[0])
         local = scheduler.node_address(name)
     base = int(environ.get("ORCH_ATTEMPT_BASE", orders["attempt_base"]))
     return Place(
@@ -353,7 +352,8 @@ def node_main(run_dir: Path, environ: Mapping[str, str]) -> int:
     scheduler = SlurmScheduler(environ)
     place = slurm_place(orders, scheduler, environ)
     if place.node == 0:
-        AttemptBook(RunPaths(run_dir), orders).open(place.attempt, scheduler.job_id, environ["SLURM_STEP_NODELIST"])
+        nodes = scheduler.node_names(environ["SLURM_STEP_NODELIST"])
+        AttemptBook(RunPaths(run_dir), orders).open(place.attempt, scheduler.job_id, nodes)
     return _run_as(orders, place, scheduler, environ)
 
 
@@ -396,7 +396,7 @@ def local_main(run_dir: Path, environ: Mapping[str, str]) -> int:
     while True:
         place = Place(attempt_number(base, restarts), 0, name, 1, "127.0.0.1", None)
         book = AttemptBook(paths, orders)
-        book.open(place.attempt, scheduler.job_id, name)
+        book.open(place.attempt, scheduler.job_id, [name])
         _run_as(orders, place, scheduler, environ)
         decision = book.close(place.attempt, scheduler)
         if not decision.requeue:

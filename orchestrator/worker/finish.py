@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.errors import RegistryError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
-from orchestrator.registry import EventLog, SidecarWriter, load_sidecar, read_events
+from orchestrator.registry import EventLog, SidecarWriter, read_events
 from orchestrator.states import ExitReason, JobState
 from orchestrator.worker import decision as decisions
 from orchestrator.worker.decision import Decision, Evidence, Outcome, decide, judge
@@ -26,121 +25,92 @@ class AttemptBook:
         self.events = EventLog(paths, "agent-n0")
 
     # --- opening
-    def open(self, attempt: int, job_id: str, nodes: str) -> None:
+    def open(self, attempt: int, job_id: str, nodes: Sequence[str]) -> None:
         """Record that an attempt starts; close what a killed node left open."""
-        sidecar = self._load()
-        for earlier in sidecar["attempts"]:
-            if earlier["ended"] is None:
-                self._close_abandoned(earlier)
-        sidecar["attempts"].append(
-            {
-                "attempt": attempt,
-                "job_id": job_id,
-                "nodes": nodes,
-                "started": time.time(),
-                "ended": None,
-                "exit_reason": None,
-                "message": None,
-                "step_start": None,
-                "step_end": None,
-                "saved_in_s": None,
-                "resumed_from": None,
-                "exit_code": None,
-            }
-        )
-        sidecar.update(status=JobState.RUNNING.value, job_id=job_id, exit_reason=None, message=None)
-        SidecarWriter(self.paths).write(sidecar)
-        self.events.append("attempt_started", attempt=attempt, job_id=job_id, nodes=nodes)
-
-    def _load(self) -> dict[str, Any]:
+        sidecar = SidecarWriter(self.paths)
+        for earlier in sidecar.data["attempts"]:
+            if earlier["ended"] is None and earlier["attempt"] != attempt:
+                self._end(sidecar, earlier["attempt"], self._judge_abandoned(earlier["attempt"]))
+        sidecar.begin_attempt(attempt, job_id=job_id, nodes=nodes)
         orders = self.orders
-        return load_sidecar(self.paths) or {
-            "version": 1,
-            "run_id": orders["run_id"],
-            "name": orders["name"],
-            "backend": orders["backend"],
-            "job_id": None,
-            "status": JobState.QUEUED.value,
-            "exit_reason": None,
-            "message": None,
-            "attempts": [],
-            "hparams": {},
-            "summary": {},
-            "best_checkpoint": None,
-        }
+        sidecar.update(
+            run_id=orders["run_id"],
+            name=orders["name"],
+            backend=orders["backend"],
+            job_id=job_id,
+            status=JobState.RUNNING.value,
+            exit_reason=None,
+            message=None,
+        )
+        self.events.append("attempt_started", attempt=attempt, job_id=job_id, nodes=list(nodes))
 
-    def _close_abandoned(self, record: dict[str, Any]) -> None:
-        """An attempt whose node-0 agent never came to its end: Slurm requeued it over our heads."""
-        verdict = read_verdict(self.paths, record["attempt"])
+    def _judge_abandoned(self, attempt: int) -> Outcome:
+        """An attempt whose node 0 never came to its end: Slurm requeued it over our heads, or the node died."""
+        verdict = read_verdict(self.paths, attempt)
         saved = verdict is not None and verdict["outcome"] == "saved"
         reason = ExitReason.PREEMPTED if saved else ExitReason.NODE_FAILURE
-        self._fill(record, Outcome(reason, reason.message, None, saved), verdict)
+        return Outcome(reason, reason.message, None, saved)
 
     # --- closing
     def close(self, attempt: int, scheduler: Scheduler, *, srun_status: int | None = None) -> Decision:
         """Judge the attempt, write what follows, and carry it out. The requeue comes last: it may end this process."""
-        sidecar = self._load()
-        record = next(item for item in reversed(sidecar["attempts"]) if item["attempt"] == attempt)
+        sidecar = SidecarWriter(self.paths)
+        if attempt not in {entry["attempt"] for entry in sidecar.data["attempts"]}:
+            # srun never brought the agent up (no such interpreter, a node that refuses steps).
+            sidecar.begin_attempt(attempt, job_id=scheduler.job_id)
         evidence = self._evidence(attempt, scheduler)
         outcome = judge(evidence)
-        self._fill(record, outcome, read_verdict(self.paths, attempt), srun_status)
-        decision = decide(
-            outcome, attempts=sidecar["attempts"], caps=self.orders["caps"], silent=evidence.scheduler_silent
-        )
         if outcome.reason is ExitReason.FENCED:
             # The run belongs to the newer attempt: its sidecar must not hear of our end.
-            self.events.append("finished", attempt=attempt, exit_reason=outcome.reason.value, message=outcome.message)
-            return decision
-        self._write(sidecar, decision, attempt)
+            self._finished("finished", attempt, outcome.reason.state, outcome.reason, outcome.message)
+            return decide(outcome, attempts=(), caps=self.orders["caps"])
+        self._end(sidecar, attempt, outcome, srun_status)
+        decision = decide(
+            outcome,
+            attempts=sidecar.data["attempts"],
+            caps=self.orders["caps"],
+            silent=evidence.scheduler_silent,
+        )
         if decision.requeue:
-            answer = scheduler.requeue()
-            if answer.ok:
-                self.events.append("requeued", attempt=attempt, exit_reason=outcome.reason.value)
-            else:
-                message = f"{outcome.message}; the scheduler refused to requeue it: {answer.message}"
-                decision = Decision(False, JobState.NEEDS_RESUME, outcome.reason, message)
-                self._write(sidecar, decision, attempt)
-        return decision
+            sidecar.count_requeue(outcome.reason.value)
+        self._write(sidecar, decision, attempt)
+        return self._requeue(sidecar, decision, attempt, scheduler) if decision.requeue else decision
 
-    def _write(self, sidecar: dict[str, Any], decision: Decision, attempt: int) -> None:
+    def _requeue(self, sidecar: SidecarWriter, decision: Decision, attempt: int, scheduler: Scheduler) -> Decision:
+        answer = scheduler.requeue()
+        if answer.ok:
+            self.events.append("requeued", attempt=attempt, exit_reason=decision.reason.value)
+            return decision
+        message = f"{decision.message}; the scheduler refused to requeue it: {answer.message}"
+        refused = Decision(False, JobState.NEEDS_RESUME, decision.reason, message)
+        self._write(sidecar, refused, attempt)
+        return refused
+
+    def _write(self, sidecar: SidecarWriter, decision: Decision, attempt: int) -> None:
         if decision.state.terminal:
             # Before the terminal state is visible: whoever sees `completed` may rely on the secrets being gone.
             self.paths.secrets.unlink(missing_ok=True)
         sidecar.update(status=decision.state.value, exit_reason=decision.reason.value, message=decision.message)
-        SidecarWriter(self.paths).write(sidecar)
         if not decision.requeue:
             kind = "cancelled" if decision.state is JobState.CANCELLED else "finished"
-            self.events.append(
-                kind,
-                attempt=attempt,
-                state=decision.state.value,
-                exit_reason=decision.reason.value,
-                message=decision.message,
-            )
+            self._finished(kind, attempt, decision.state, decision.reason, decision.message)
 
-    def _fill(
-        self,
-        record: dict[str, Any],
-        outcome: Outcome,
-        verdict: Mapping[str, Any] | None,
-        srun_status: int | None = None,
-    ) -> None:
-        progress = self._progress(record["attempt"])
+    def _finished(self, event: str, attempt: int, state: JobState, reason: ExitReason, message: str) -> None:
+        self.events.append(event, attempt=attempt, state=state.value, exit_reason=reason.value, message=message)
+
+    def _end(self, sidecar: SidecarWriter, attempt: int, outcome: Outcome, srun_status: int | None = None) -> None:
+        verdict = read_verdict(self.paths, attempt)
         resumed = next(
-            (
-                e
-                for e in reversed(read_events(self.paths))
-                if e["event"] == "resumed" and e["attempt"] == record["attempt"]
-            ),
-            None,
+            (e for e in reversed(read_events(self.paths)) if e["event"] == "resumed" and e["attempt"] == attempt), None
         )
-        record.update(
-            ended=time.time(),
+        sidecar.end_attempt(
+            attempt,
+            outcome=verdict["outcome"] if verdict is not None else None,
             exit_reason=outcome.reason.value,
             message=outcome.message,
-            step_start=resumed.get("step") if resumed is not None else record["step_start"] or 0,
-            step_end=outcome.step if outcome.step is not None else progress,
-            saved_in_s=verdict.get("saved_in_s") if verdict is not None else None,
+            step_start=resumed["step"] if resumed is not None else 0,
+            step_end=outcome.step if outcome.step is not None else self._progress(attempt),
+            saved_in_s=verdict["saved_in_s"] if verdict is not None else None,
             resumed_from=resumed,
             exit_code=srun_status,
         )

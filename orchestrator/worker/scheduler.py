@@ -114,14 +114,15 @@ class SlurmScheduler:
             job, now=now, lead_time_s=lead_time_s, restarts=self.restart_count, kill_wait_s=self.kill_wait_s
         )
 
-    def node_address(self, nodelist: str) -> str | None:
-        """Address of the first node of a list, as Slurm knows it; None when it cannot be asked."""
+    def node_names(self, nodelist: str) -> list[str]:
+        """The names in a list such as `n[1-3]`; the list itself when Slurm cannot be asked."""
         code, names = self._run(["scontrol", "show", "hostnames", nodelist], _QUESTION_S)
-        if code != 0 or not names.split():
-            return None
-        first = names.split()[0]
-        code, output = self._run(["scontrol", "show", "node", "-o", first], _QUESTION_S)
-        return parse_fields(output).get("NodeAddr", first) if code == 0 else first
+        return names.split() if code == 0 else [nodelist]
+
+    def node_address(self, name: str) -> str:
+        """Address of a node as Slurm knows it; its name when Slurm cannot be asked."""
+        code, output = self._run(["scontrol", "show", "node", "-o", name], _QUESTION_S)
+        return parse_fields(output).get("NodeAddr", name) if code == 0 else name
 
     def requeue(self) -> Requeued:
         """`scontrol requeue`; that Slurm was faster counts as success."""
