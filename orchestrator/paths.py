@@ -147,3 +147,8 @@ class RunPaths:
     def checkpoints(self) -> Path:
         """Default of `checkpoint.uri`."""
         return self.run_dir / "checkpoints"
+
+    @property
+    def exported_model(self) -> Path:
+        """What a finished `jobs.pretrain` leaves for others."""
+        return self.run_dir / "exported_models" / "exported_last.pt"
