@@ -83,7 +83,7 @@ def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunS
         events=record.events,
         hparams=dict(record.sidecar.get("hparams") or {}),
         summary=dict(record.sidecar.get("summary") or {}),
-        warnings=tuple(warnings),
+        warnings=(*warnings, *record.problems),
     )
 
 

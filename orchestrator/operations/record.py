@@ -12,7 +12,7 @@ from orchestrator.backends.base import JobHandle
 from orchestrator.errors import RegistryError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
-from orchestrator.registry import load_sidecar, read_events
+from orchestrator.registry import load_run, read_events
 
 HEARTBEAT_FRESH_S = 60.0  # four beats of 15 s: one lost write does not declare a run dead
 
@@ -44,6 +44,7 @@ class Record:
     submission: Submission | None
     tombstone: bool
     heartbeat_age_s: float | None
+    problems: tuple[str, ...] = ()  # files that could not be read, in words
 
     @property
     def run_id(self) -> str:
@@ -86,27 +87,21 @@ def load_record(paths: RunPaths, *, now: float | None = None) -> Record:
     """Read one run directory. Raises RegistryError when a file is there and cannot be read."""
     now = time.time() if now is None else now
     try:
+        view = load_run(paths)
         events = tuple(read_events(paths))
         return Record(
             paths=paths,
-            sidecar=load_sidecar(paths) or {},
+            sidecar=view.sidecar or {},
             events=events,
-            progress=_read_mapping(paths, "progress"),
+            progress=view.progress or {},
             verdict=_newest_verdict(paths),
             submission=_submission(events),
-            tombstone=paths.tombstone.exists(),
-            heartbeat_age_s=_age(paths, now),
+            tombstone=view.cancelled,
+            heartbeat_age_s=None if view.heartbeat is None else max(0.0, now - view.heartbeat),
+            problems=view.problems,
         )
     except OSError as error:
         raise RegistryError(f"cannot read {paths.run_dir}: {error}", hint="is the shared disk mounted here?") from error
-
-
-def _read_mapping(paths: RunPaths, name: str) -> Mapping[str, Any]:
-    try:
-        value = read_json(getattr(paths, name))
-    except FileNotFoundError:
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def _newest_verdict(paths: RunPaths) -> Mapping[str, Any]:
@@ -118,13 +113,6 @@ def _newest_verdict(paths: RunPaths) -> Mapping[str, Any]:
     except FileNotFoundError:
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _age(paths: RunPaths, now: float) -> float | None:
-    try:
-        return max(0.0, now - paths.heartbeat.stat().st_mtime)
-    except FileNotFoundError:
-        return None
 
 
 def _logged_attempts(paths: RunPaths) -> list[int]:

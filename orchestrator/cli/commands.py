@@ -1,0 +1,323 @@
+"""One function per command: call the operation, print its result. Exit codes other than 0 leave as `typer.Exit`."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from orchestrator import operations
+from orchestrator.cli import out
+from orchestrator.errors import SpecError
+
+if TYPE_CHECKING:
+    from orchestrator.operations.drill import DrillNews
+    from orchestrator.operations.results import RunStatus, Signalled, Submitted
+
+DID_NOT_SUCCEED = 1
+
+
+def init(path: Path, source: str, as_json: bool) -> None:
+    from orchestrator.operations.starter import write_starter
+
+    write_starter(path, source=source)
+    if as_json:
+        out.json_document({"path": str(path.absolute()), "from": source})
+        return
+    out.line(f"wrote {path}")
+    out.line(f"  check:  orch validate {path}        run:  orch submit {path}")
+
+
+def validate(spec: Path, sets: Sequence[str], root: Path | None, as_json: bool) -> None:
+    try:
+        result = operations.validate(spec, overrides=sets, root=root)
+    except SpecError as error:
+        problems = [dict(problem) for problem in error.problems] or [{"message": error.message}]
+        if as_json:
+            out.json_document({"valid": False, "problems": problems, "warnings": []})
+        out.error(error.message, error.hint)
+        out.error(f"{len(problems)} problem{'' if len(problems) == 1 else 's'}. Nothing was submitted.", None)
+        raise typer.Exit(error.exit_code) from None
+    if as_json:
+        out.json_document(result.as_json())
+        return
+    out.warnings(result.warnings)
+    out.line(f"{spec} is fine: run {result.run_id}, {result.code_files} files of code ({out.size(result.code_bytes)})")
+
+
+def schema() -> None:
+    from orchestrator.spec import json_schema
+
+    out.json_document(json_schema())
+
+
+def site(as_json: bool) -> None:
+    import os
+
+    from orchestrator.spec.site import KEYS, load_site, site_files
+
+    profile = load_site(os.environ)
+    if as_json:
+        out.json_document(profile.as_dict())
+        return
+    values = profile.as_dict()
+    for place in site_files(os.environ):
+        out.line(f"{place}" + ("" if place in profile.sources else "   (not there)"))
+    for key, meaning in KEYS.items():
+        value = values[key]
+        out.line((f"  {key:<10} ", "bold"), "not set" if value is None else str(value), (f"   {meaning}", "dim"))
+
+
+def submit(
+    spec: Path,
+    sets: Sequence[str],
+    root: Path | None,
+    *,
+    new: bool,
+    dry_run: bool,
+    follow: bool,
+    as_json: bool,
+) -> None:
+    if dry_run:
+        _dry_run(spec, sets, root, new, as_json)
+        return
+    result = operations.submit(spec, overrides=sets, root=root, new=new)
+    _after_submit(result, follow, as_json)
+
+
+def _dry_run(spec: Path, sets: Sequence[str], root: Path | None, new: bool, as_json: bool) -> None:
+    plan = operations.plan_of(spec, overrides=sets, root=root, new=new)
+    if not as_json:
+        print(str(plan), end="")
+        return
+    document = {
+        "run_id": plan.run_id,
+        "run_dir": str(plan.run_dir),
+        "backend": plan.backend,
+        "token": plan.token,
+        "script": plan.script,
+        "agent": plan.agent,
+    }
+    out.json_document(document)
+
+
+def _after_submit(result: Submitted, follow: bool, as_json: bool) -> None:
+    out.warnings(result.warnings)
+    if not as_json:
+        out.lines(_submitted_lines(result))
+    if follow:
+        status = _follow(str(result.run_dir), silent=as_json)
+        if as_json:
+            out.json_document({**result.as_json(), "state": status.state.value})
+        else:
+            _show(status)
+        if not status.succeeded:
+            raise typer.Exit(DID_NOT_SUCCEED)
+    elif as_json:
+        out.json_document(result.as_json())
+
+
+def _submitted_lines(result: Submitted) -> list[out.Line]:
+    run: out.Segment = (result.run_id, "bold")
+    if not result.queued_now:
+        where = [f"job {result.job_id}"] if result.job_id and result.action != "already_completed" else []
+        where += [f"step {out.count(result.step)}"] if result.step is not None else []
+        known = result.action.removeprefix("already_")
+        detail = f" ({', '.join(where)})" if where else ""
+        return [[run, (f"  is already {known}{detail}. Nothing was submitted. A fresh copy: --new", "")]]
+    where_to = f"to Slurm as {result.job_id}" if result.backend == "slurm" else f"on this machine as {result.job_id}"
+    verb = "submitted" if result.action == "submitted" else "goes on: submitted"
+    summary = f" ({result.summary})" if result.summary else ""
+    hint = f"  follow:  orch logs -f {result.run_id}        stop:  orch cancel {result.run_id}"
+    return [[run, (f"  {verb} {where_to}{summary}", "")], [(hint, "dim")]]
+
+
+def _follow(run: str, *, silent: bool) -> RunStatus:
+    """Print the log until the run ends. Ctrl-C stops looking; the run goes on."""
+    for line in operations.logs(run, follow=True):
+        if not silent:
+            _print_log_line(line.text, line.heading)
+    return operations.wait(run).status
+
+
+def _print_log_line(text: str, heading: bool) -> None:
+    if heading:
+        out.line((text, "dim"))
+    else:
+        print(text, flush=True)
+
+
+def status(run: str, root: Path | None, as_json: bool) -> None:
+    result = operations.status(run, root=root)
+    out.warnings(result.warnings)
+    if as_json:
+        out.json_document(result.as_json())
+    else:
+        _show(result)
+
+
+def _show(status: RunStatus) -> None:
+    from orchestrator.cli.view import status_lines
+    from orchestrator.operations.sparklines import trends
+    from orchestrator.paths import RunPaths
+
+    out.lines(status_lines(status, trends(RunPaths(status.run_dir))))
+
+
+def ps(root: Path | None, states: Sequence[str], as_json: bool) -> None:
+    rows, warnings = operations.ps(root=root, states=[_state(name) for name in states])
+    out.warnings(warnings)
+    if as_json:
+        out.json_document([row.as_json() for row in rows])
+        return
+    from orchestrator.cli.view import PS_HEADING, row_of
+
+    if not rows:
+        out.line("no runs" + (f" in {root}" if root else " in any known root; --root DIR looks elsewhere"))
+        return
+    now = time.time()
+    out.lines(out.table(PS_HEADING, [row_of(row, now) for row in rows]))
+
+
+def _state(name: str) -> Any:
+    from orchestrator.states import JobState
+
+    known = {state.value: state for state in JobState}
+    if name not in known:
+        raise typer.BadParameter(f"--state {name}: one of {', '.join(known)}")
+    return known[name]
+
+
+def logs(
+    run: str, root: Path | None, *, follow: bool, attempt: int | None, rank: int, node: int | None, as_json: bool
+) -> None:
+    lines = operations.logs(run, root=root, follow=follow, attempt=attempt, rank=rank, node=node)
+    if not as_json:
+        for line in lines:
+            _print_log_line(line.text, line.heading)
+        return
+    kept = [line for line in lines if not line.heading]
+    last = kept[-1].attempt if kept else attempt
+    out.json_document({"attempt": last, "rank": rank, "node": node, "lines": [line.text for line in kept]})
+
+
+def wait(run: str, timeout: str | None, root: Path | None, as_json: bool) -> None:
+    result = operations.wait(run, timeout_s=None if timeout is None else seconds(timeout, "--timeout"), root=root)
+    if as_json:
+        out.json_document(result.as_json())
+    else:
+        _show(result.status)
+    if result.timed_out:
+        out.error(
+            f"{result.status.run_id} has not ended after {timeout}", f"it goes on; `orch wait {result.status.run_id}`"
+        )
+    if result.timed_out or not result.status.succeeded:
+        raise typer.Exit(DID_NOT_SUCCEED)
+
+
+_UNITS_S = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(text: str, option: str) -> float:
+    """`90`, `90s`, `1.5h` → seconds."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd]?)", text.strip())
+    if match is None:
+        raise typer.BadParameter(f"{option} {text}: expected seconds, or a time such as 90s, 30m, 2h")
+    return float(match[1]) * _UNITS_S[match[2]]
+
+
+def cancel(run: str, root: Path | None, as_json: bool) -> None:
+    result = operations.cancel(run, root=root)
+    if as_json:
+        out.json_document(result.as_json())
+        return
+    words = {
+        "cancelled": "cancelled",
+        "cancelling": "is being stopped",
+        "already_cancelled": "was cancelled already",
+        "already_completed": "has already completed; there is nothing to cancel",
+    }[result.action]
+    safe = f" Step {out.count(result.step)} is safe." if result.step is not None else ""
+    more = "" if result.action == "already_completed" else f"{safe} Go on with it:  orch resume {result.run_id}"
+    out.line((result.run_id, "bold"), f"  {words}.{more}")
+
+
+def preempt(run: str, root: Path | None, *, watch: bool, timeout: str, as_json: bool) -> None:
+    limit_s = seconds(timeout, "--timeout")
+    result = operations.preempt(run, root=root)
+    if as_json:
+        out.json_document(result.as_json())
+        return
+    print(f"signalled (SIG{result.signal})", end="", flush=True)
+    if not watch:
+        print(f"; watch:  orch status {result.run_id}")
+        return
+    if not _narrate(result, limit_s):
+        raise typer.Exit(DID_NOT_SUCCEED)
+
+
+def _narrate(drill: Signalled, limit_s: float) -> bool:
+    """`… saved step 41 912 in 2.8 s … requeued … resumed from 41 912. 0 steps lost.` True when the run is safe."""
+    from orchestrator.operations.drill import watch_drill
+
+    safe = True
+    for news in watch_drill(drill, timeout_s=limit_s):
+        text, safe = _tell(news)
+        print(text, end="", flush=True)
+    print()
+    return safe
+
+
+def _tell(news: DrillNews) -> tuple[str, bool]:
+    step = "" if news.step is None else out.count(news.step)
+    if news.kind == "saved":
+        return f" … saved step {step} after {news.seconds or 0.0:.1f} s", True
+    if news.kind in ("requeued", "started"):
+        return f" … {news.kind}", True
+    if news.kind == "resumed":
+        return f", resumed from step {step}.", True
+    status = news.status
+    if news.kind == "time_up" and status is not None:
+        return f" … the time is up, and the run is {status.state.value} (nothing is lost by waiting)", status.alive
+    if status is None:
+        return "", True
+    if status.state.terminal and not status.succeeded:
+        return f" … the run ended: {status.state.value.replace('_', ' ')}. {status.message}", False
+    lost = next((row.steps_lost for row in reversed(status.attempts[:-1]) if row.steps_lost is not None), None)
+    return ("" if lost is None else f" {out.count(lost)} steps lost."), True
+
+
+def resume(run: str | None, sets: Sequence[str], root: Path | None, *, follow: bool, as_json: bool) -> None:
+    if run is not None:
+        _after_submit(operations.resume(run, overrides=sets, root=root), follow, as_json)
+        return
+    done, problems = operations.resume_all(root=root)
+    for run_id, error in problems.items():
+        out.error(f"{run_id}: {error.message}", error.hint)
+    if as_json:
+        errors = {run_id: {"message": error.message, "hint": error.hint} for run_id, error in problems.items()}
+        out.json_document({"resumed": [result.as_json() for result in done], "errors": errors})
+    else:
+        for result in done:
+            out.lines(_submitted_lines(result))
+        if not done and not problems:
+            out.line("no run waits to be resumed")
+    if problems:
+        raise typer.Exit(max(error.exit_code for error in problems.values()))
+
+
+def lock_image(reference: str, as_json: bool) -> None:
+    result = operations.lock_image(reference)
+    if as_json:
+        out.json_document(result.as_json())
+        return
+    print(result.image)
+    if result.source == "local":
+        out.error(
+            "warning: this image was never pushed or pulled, so only its id pins it: it must exist on every node",
+            "push it to a registry and lock the pushed tag to let nodes pull it",
+        )

@@ -1,0 +1,233 @@
+"""The command line: parse, call one operation, print. No logic here, and no import that `orch --help` does not need."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli import complete
+
+app = typer.Typer(
+    name="orch",
+    help="A spec becomes a run that cannot lose work: submit it, look at it, stop it, go on with it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,  # importing rich for --help would cost as much as everything else together
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+image_app = typer.Typer(help="Pin container images.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(image_app, name="image")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Root = Annotated[
+    Path | None, typer.Option("--root", help="Orch root; else the spec, the site, $ORCH_ROOT, ./orch_runs.")
+]
+Run = Annotated[
+    str, typer.Argument(help="Run id, the beginning of one, or a run directory.", autocompletion=complete.run_ids)
+]
+Spec = Annotated[Path, typer.Argument(help="Spec file (YAML).")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a field: --set resources.time=04:00:00."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _main(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        import orchestrator
+
+        print(f"orch {orchestrator.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write; nothing is overwritten.")] = Path("spec.yaml"),
+    source: Annotated[str, typer.Option("--from", help="What to start from: digits | module | script | command.")] = (
+        "digits"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Write a commented spec that runs as it is."""
+    from orchestrator.cli import commands
+
+    commands.init(path, source, as_json)
+
+
+@app.command()
+def validate(spec: Spec, sets: Sets = None, root: Root = None, as_json: Json = False) -> None:
+    """Check a spec; print every problem with its place."""
+    from orchestrator.cli import commands
+
+    commands.validate(spec, sets or [], root, as_json)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of a spec."""
+    from orchestrator.cli import commands
+
+    commands.schema()
+
+
+@app.command()
+def site(as_json: Json = False) -> None:
+    """Show the site profile: the defaults beneath every spec, and the files they come from."""
+    from orchestrator.cli import commands
+
+    commands.site(as_json)
+
+
+@app.command()
+def submit(
+    spec: Spec,
+    sets: Sets = None,
+    root: Root = None,
+    new: Annotated[bool, typer.Option("--new", help="A fresh copy, though this run exists already.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print exactly what would be submitted; needs no scheduler, no engine.")
+    ] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Show the log until the run ends; exit 1 if it did not succeed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Submit a spec. Safe to repeat: a run that is queued, running or done is left alone, a stopped one goes on."""
+    from orchestrator.cli import commands
+
+    commands.submit(spec, sets or [], root, new=new, dry_run=dry_run, follow=follow, as_json=as_json)
+
+
+@app.command()
+def status(run: Run, root: Root = None, as_json: Json = False) -> None:
+    """Where a run stands: attempts, steps lost, last checkpoint, and what to do next."""
+    from orchestrator.cli import commands
+
+    commands.status(run, root, as_json)
+
+
+@app.command()
+def ps(
+    root: Root = None,
+    state: Annotated[list[str] | None, typer.Option("--state", help="Only runs in this state (repeatable).")] = None,
+    as_json: Json = False,
+) -> None:
+    """List runs, newest first: those under --root, or under every root used lately."""
+    from orchestrator.cli import commands
+
+    commands.ps(root, state or [], as_json)
+
+
+@app.command()
+def logs(
+    run: Run,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the run ends.")] = False,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=0, help="Attempt; else the newest.")] = None,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Rank whose output to show.")] = 0,
+    node: Annotated[int | None, typer.Option("--node", min=0, help="The agent's own log of this node instead.")] = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Print what a rank printed."""
+    from orchestrator.cli import commands
+
+    commands.logs(run, root, follow=follow, attempt=attempt, rank=rank, node=node, as_json=as_json)
+
+
+@app.command()
+def wait(
+    run: Run,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", help="Give up after this long: seconds, or 90s, 30m, 2h.")
+    ] = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Wait until a run has ended; exit 1 if it did not succeed or the time was up."""
+    from orchestrator.cli import commands
+
+    commands.wait(run, timeout, root, as_json)
+
+
+@app.command()
+def cancel(run: Run, root: Root = None, as_json: Json = False) -> None:
+    """Stop a run for good (`orch resume` lifts it). Its checkpoints stay."""
+    from orchestrator.cli import commands
+
+    commands.cancel(run, root, as_json)
+
+
+@app.command()
+def preempt(
+    run: Run,
+    watch: Annotated[
+        bool, typer.Option("--wait/--no-wait", help="Watch the drill until the run goes on (not with --json).")
+    ] = True,
+    timeout: Annotated[str, typer.Option("--timeout", help="Stop watching after this long.")] = "10m",
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """A fire drill: send the preemption signal to a running job and see whether it is safe."""
+    from orchestrator.cli import commands
+
+    commands.preempt(run, root, watch=watch, timeout=timeout, as_json=as_json)
+
+
+@app.command()
+def resume(
+    run: Annotated[
+        str | None, typer.Argument(help="Run id, its beginning, or a directory.", autocompletion=complete.run_ids)
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every run that waits to be resumed.")] = False,
+    sets: Sets = None,
+    root: Root = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the log until the run ends.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Go on with a stopped run, with the code it began with; lifts a cancellation."""
+    from orchestrator.cli import commands
+
+    if (run is None) == (not every):
+        raise typer.BadParameter("name one run, or give --all")
+    if every and (sets or follow):
+        raise typer.BadParameter("--set and --follow go with one run, not with --all")
+    commands.resume(run, sets or [], root, follow=follow, as_json=as_json)
+
+
+@image_app.command()
+def lock(
+    reference: Annotated[str, typer.Argument(help="repository:tag")],
+    as_json: Json = False,
+) -> None:
+    """Resolve a tag to the digest to write into the spec."""
+    from orchestrator.cli import commands
+
+    commands.lock_image(reference, as_json)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (PROTOCOLS 3) and never lets an exception out."""
+    from orchestrator.cli import failures
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return failures.guarded(lambda: _run(arguments), json="--json" in arguments)
+    finally:
+        failures.close_quietly()
+
+
+def _run(arguments: list[str]) -> int:
+    command = typer.main.get_command(app)
+    result = command.main(args=arguments, prog_name="orch", standalone_mode=False)
+    return result if isinstance(result, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Printing: Rich on a terminal, plain text elsewhere (and with NO_COLOR), JSON as one document."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
+
+Segment: TypeAlias = tuple[str, str]  # text, style ("" = none)
+Line: TypeAlias = Sequence[Segment]
+
+STATE_STYLES = {
+    "queued": "yellow",
+    "running": "bold green",
+    "preempted": "yellow",
+    "needs_resume": "bold yellow",
+    "completed": "green",
+    "failed": "bold red",
+    "cancelled": "dim",
+    "lost": "bold red",
+}
+
+
+def lines(content: Iterable[Line]) -> None:
+    """Print lines of styled segments to stdout."""
+    if not _fancy():
+        for line in content:
+            print("".join(text for text, _ in line))
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in content:
+        console.print(Text.assemble(*((text, style) for text, style in line)))
+
+
+def line(*segments: Segment | str) -> None:
+    """Print one line."""
+    lines([[(part, "") if isinstance(part, str) else part for part in segments]])
+
+
+def json_document(document: Any) -> None:
+    """Print the one document of `--json`; ASCII only, so that no locale can break it."""
+    print(json.dumps(document, indent=2, default=str))
+
+
+def error(message: str, hint: str | None) -> None:
+    """Message and hint on stderr; stdout stays clean for programs."""
+    print(message, file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+def warnings(texts: Iterable[str]) -> None:
+    """Things to know that are no failure."""
+    for text in texts:
+        print(f"warning: {text}", file=sys.stderr)
+
+
+def _fancy() -> bool:
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def tolerate_any_text() -> None:
+    """A run id or path that this terminal's encoding lacks is shown with a replacement, not a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")
+
+
+def count(number: int) -> str:
+    """41880 → `41 880`."""
+    return f"{number:,}".replace(",", " ")
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 m 05 s`, `4 h 00 m`, `3 d 02 h`."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units, as disks are sold: `1.2 GB`."""
+    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def table(heading: Sequence[str], rows: Sequence[Sequence[Segment]]) -> list[Line]:
+    """Left-aligned columns, as wide as their content."""
+    widths = [max([len(title), *(len(row[column][0]) for row in rows)]) for column, title in enumerate(heading)]
+    lines: list[Line] = [[(title.ljust(width) + "  ", "bold") for title, width in zip(heading, widths, strict=True)]]
+    lines += [
+        [(text.ljust(width) + "  ", style) for (text, style), width in zip(row, widths, strict=True)] for row in rows
+    ]
+    return lines

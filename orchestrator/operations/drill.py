@@ -1,0 +1,79 @@
+"""Watching a drill: from the signal to the first step of the next attempt, told from the run's own events."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.backends import open_backend
+from orchestrator.operations.describe import OpenBackend, status_at
+from orchestrator.operations.record import load_record
+from orchestrator.operations.results import RunStatus, Signalled
+from orchestrator.paths import RunPaths
+
+_LOOK_S = 0.2
+_ASK_S = 5.0
+
+
+@dataclass(frozen=True)
+class DrillNews:
+    """One thing that happened: saved | requeued | started | resumed | ended | time_up."""
+
+    kind: str
+    step: int | None = None
+    seconds: float | None = None
+    status: RunStatus | None = None
+
+
+def watch_drill(
+    drill: Signalled,
+    *,
+    timeout_s: float,
+    open_backend: OpenBackend = open_backend,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[DrillNews]:
+    """Yield news until the run goes on in a new attempt, ends, or the time is up. Blocks."""
+    paths = RunPaths(Path(drill.run_dir))
+    end, asked_at, told = clock() + timeout_s, clock(), set[str]()
+    while clock() < end:
+        for news in _news(paths, drill):
+            if news.kind not in told:
+                told.add(news.kind)
+                yield news
+        if "resumed" in told:
+            yield DrillNews("ended", status=status_at(paths, open_backend=open_backend))
+            return
+        if clock() - asked_at > _ASK_S or "finished" in told:
+            asked_at = clock()
+            status = status_at(paths, open_backend=open_backend)
+            if status.state.terminal and not status.alive:
+                yield DrillNews("ended", status=status)
+                return
+        sleep(_LOOK_S)
+    yield DrillNews("time_up", status=status_at(paths, open_backend=open_backend))
+
+
+_KINDS = {
+    "checkpoint_committed": "saved",
+    "requeued": "requeued",
+    "attempt_started": "started",
+    "resumed": "resumed",
+    "finished": "finished",
+    "cancelled": "finished",
+}
+
+
+def _news(paths: RunPaths, drill: Signalled) -> Iterator[DrillNews]:
+    attempt = -1 if drill.attempt is None else drill.attempt
+    for event in load_record(paths).events:
+        kind = _KINDS.get(str(event.get("event")))
+        number = event.get("attempt")
+        if kind is None or float(event.get("time") or 0.0) < drill.time or not isinstance(number, int):
+            continue
+        later = kind in ("started", "resumed")
+        if (number > attempt) if later else (number == attempt):
+            step = event.get("step")
+            yield DrillNews(kind, step if isinstance(step, int) else None, float(event.get("time") or 0.0) - drill.time)
