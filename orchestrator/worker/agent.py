@@ -291,7 +291,7 @@ def run_node(agent: NodeAgent) -> int:
     message, reason = "", None
     try:
         code = agent.run()
-        message = f"node {place.node_name} ended with exit code {code}"
+        message = f"node {place.node_name}: the program ended with exit code {code}{last_words(paths, place)}"
     except (OrchError, OSError) as error:
         code, message = 1, str(error)
         hint = getattr(error, "hint", None)
@@ -306,6 +306,20 @@ def run_node(agent: NodeAgent) -> int:
         write_json(paths.node_verdict(place.attempt, place.node), {**verdict, "time": time.time()})
     agent.events.append("verdict", attempt=place.attempt, node=place.node, exit_code=code, message=message)
     return code
+
+
+def last_words(paths: RunPaths, place: Place) -> str:
+    """The last line a program of this node printed: where it died without a verdict that is the best there is."""
+    logs = [path for path in paths.logs(place.attempt).glob("rank-*.log") if path.stat().st_size > 0]
+    if place.nodes > 1 or not logs:  # ranks of other nodes write there too
+        logs = [paths.node_log(place.attempt, place.node)]
+    newest = max((path for path in logs if path.exists()), key=lambda path: path.stat().st_mtime, default=None)
+    if newest is None:
+        return ""
+    with newest.open("rb") as log:
+        log.seek(max(0, newest.stat().st_size - 4096))
+        lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
+    return f"; {newest.name} ends with: {lines[-1][:300]}" if lines else ""
 
 
 def load_orders(run_dir: Path) -> dict[str, Any]:
