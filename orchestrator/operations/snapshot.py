@@ -1,5 +1,6 @@
-"""The code of a run, by content: which files of the workspace belong to it, their hash, the copy that runs (PROTOCOLS 2).
+"""The code of a run, by content: which files of the workspace belong to it, their hash, the copy that runs.
 
+PROTOCOLS 2:
 In git: tracked and untracked-not-ignored files, submodules included; elsewhere `job.script` and `*.py`. Never the root,
 checkpoint.uri, the submitted spec, `workspace.exclude`, or anything in a .git.
 
@@ -324,7 +325,7 @@ def _code_hash(files: Iterable[SnapshotFile]) -> str:
 
 
 def ensure_snapshot(snapshot: Snapshot, root: RootPaths) -> Path:
-    """The read-only copy in `<root>/code/<hash>/`, written if missing; safe to race. Raises RegistryError, SpecError."""
+    """The read-only copy in `<root>/code/<hash>/`, made if missing; safe to race. Raises RegistryError, SpecError."""
     target = root.snapshot(snapshot.code_hash)
     try:
         if target.is_dir():

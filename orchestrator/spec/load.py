@@ -284,14 +284,17 @@ def _translated(detail: ErrorDetails, document: Document) -> list[Problem]:
     kind = detail["type"]
     error = detail.get("ctx", {}).get("error")
     if isinstance(error, Refusal):
-        return [
-            Problem(what, path + below, document.place(path + below, key=error.on_key))
-            for below, what in error.findings
+        at_values = [Problem(what, path + below, document.place(path + below)) for below, what in error.findings]
+        at_keys = [
+            Problem(what, path + below, document.place(path + below, key=True)) for below, what in error.key_findings
         ]
+        return at_values + at_keys
     if kind == "extra_forbidden":
         return [Problem(_unknown_key(path), path, document.place(path, key=True))]
     if kind == "missing":
-        return [Problem("is missing", path, document.place(path[:-1]))]
+        model = _model_at(path[:-1])
+        about = model.model_fields[str(path[-1])].description if model else None
+        return [Problem(f"is missing. {about or ''}".strip(), path, document.place(path[:-1]))]
     return [Problem(_reworded(detail, error), path, document.place(path))]
 
 
@@ -319,7 +322,8 @@ def _reworded(detail: ErrorDetails, error: object) -> str:
         return f"expected {_EXPECTED[kind]}; got {kind_of(given)} ({shown(given)}){quotes}"
     if kind == "literal_error":
         allowed = str(ctx["expected"]).replace("'", "").replace(" or ", ", ").split(", ")
-        return f"{shown(given)} is not allowed; one of {', '.join(allowed)}.{did_you_mean(str(given), allowed)}"
+        choice = f"one of {', '.join(allowed)}" if len(allowed) > 1 else f"only {allowed[0]}"
+        return f"{shown(given)} is not allowed; {choice}.{did_you_mean(str(given), allowed)}"
     if kind in ("greater_than_equal", "greater_than", "less_than_equal", "less_than"):
         bound = {"greater_than_equal": ("at least", "ge"), "greater_than": ("more than", "gt"),
                  "less_than_equal": ("at most", "le"), "less_than": ("less than", "lt")}[kind]  # fmt: skip

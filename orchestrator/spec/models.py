@@ -192,19 +192,11 @@ class Job(_Section):
     @field_validator("args")
     @classmethod
     def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
+        what = "an argument's name has letters, digits, `_`, `.`, `-` only, and starts with neither `.` nor `-`"
+        names: list[tuple[KeyPath, str]] = [((key,), what) for key in value if not _ARG_NAME.fullmatch(key)]
         findings = _json_findings(value)
-        if findings:
-            raise Refusal(*findings)
-        names = [
-            (
-                (key,),
-                "an argument's name has letters, digits, `_`, `.` and `-` only, and starts with none of the last two",
-            )
-            for key in value
-            if not _ARG_NAME.fullmatch(key)
-        ]
-        if names:
-            raise Refusal(*names, on_key=True)
+        if findings or names:
+            raise Refusal(*findings, keys=names)
         return {key: _plain(item) for key, item in value.items()}
 
     @model_validator(mode="after")
@@ -213,9 +205,8 @@ class Job(_Section):
         if not given:
             raise Refusal(((), "nothing to run; give one of module, script and command"))
         if len(given) > 1:
-            raise Refusal(
-                *(((kind,), f"{' and '.join(given)} exclude each other; keep one") for kind in given[1:]), on_key=True
-            )
+            what = f"{' and '.join(given)} exclude each other; keep one"
+            raise Refusal(keys=[((kind,), what) for kind in given[1:]])
         return self
 
     @property
@@ -388,10 +379,8 @@ class Slurm(_Section):
             if fault is not None:
                 values.append(((str(key),), fault))
             result[normal_name(str(key))] = given if given is True else str(given)
-        if keys:
-            raise Refusal(*keys, on_key=True)
-        if values:
-            raise Refusal(*values)
+        if keys or values:
+            raise Refusal(*values, keys=keys)
         return result
 
     def options(self) -> dict[str, str | None]:
@@ -462,7 +451,7 @@ class Checkpoint(_Section):
                 if key in data
             ]
             if later:
-                raise Refusal(*later, on_key=True)
+                raise Refusal(keys=later)
         return data
 
     @model_validator(mode="before")
@@ -607,7 +596,7 @@ class JobSpec(_Section):
     def _variables(cls, value: dict[str, str]) -> dict[str, str]:
         findings = [((key,), reason) for key in value if (reason := _variable_fault(key))]
         if findings:
-            raise Refusal(*findings, on_key=True)
+            raise Refusal(keys=findings)
         return value
 
     @field_validator("secrets")
@@ -634,7 +623,7 @@ class JobSpec(_Section):
             if name in self.env
         ]
         if both:
-            raise Refusal(*both, on_key=True)
+            raise Refusal(keys=both)
         return self
 
 

@@ -61,10 +61,10 @@ class Problem:
 class Refusal(ValueError):
     """Raised by validators of the models: several findings, each with a path relative to the validated field."""
 
-    def __init__(self, *findings: tuple[KeyPath, str], on_key: bool = False) -> None:
-        super().__init__("; ".join(what for _, what in findings))
+    def __init__(self, *findings: tuple[KeyPath, str], keys: Iterable[tuple[KeyPath, str]] = ()) -> None:
         self.findings = findings
-        self.on_key = on_key  # the mistake is the key, not the value: point there
+        self.key_findings = tuple(keys)  # the mistake is the key, not the value: point there
+        super().__init__("; ".join(what for _, what in (*self.findings, *self.key_findings)))
 
 
 def error_of(problems: Sequence[Problem], *, hint: str | None = None) -> SpecError:

@@ -242,6 +242,8 @@ def _broken(error: yaml.MarkedYAMLError) -> str:
     context = f" ({error.context})" if error.context else ""
     if "character that cannot start any token" in problem:
         return f"not valid YAML: {problem}{context}; a tab in the indentation, or text that needs quotes"
+    if "another document" in problem:
+        return "a second YAML document starts here; a spec file holds one"
     if "mapping values are not allowed" in problem:
         return f"not valid YAML: {problem}{context}; text with `: ` in it needs quotes"
     return f"not valid YAML: {problem}{context}"
