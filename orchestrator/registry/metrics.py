@@ -50,7 +50,7 @@ class MetricsLog:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerows((step, epoch, name, float_word(float(value))) for name, value in metrics.items())
-        data = text.getvalue().encode()
+        data = text.getvalue().encode(errors="backslashreplace")
         try:
             size = os.fstat(self._fd).st_size
             if os.write(self._fd, data) != len(data):  # the disk is full: no half row stays
@@ -109,16 +109,16 @@ def _rewrite(path: Path, resumed_step: int | None, keep_rows: int | None) -> int
             writer.writerow(row)
             kept += 1
             if text.tell() > 1 << 20:  # a long run's file does not fit in memory twice
-                handle.write(text.getvalue().encode())
+                handle.write(text.getvalue().encode(errors="surrogateescape"))
                 text.seek(0)
                 text.truncate()
-        handle.write(text.getvalue().encode())
+        handle.write(text.getvalue().encode(errors="surrogateescape"))
     return kept
 
 
 def _iter_rows(path: Path) -> Iterator[list[str]]:
     try:
-        handle = path.open(newline="\n", encoding="utf-8")  # a "\r" in a name does not end a line
+        handle = path.open(newline="\n", encoding="utf-8", errors="surrogateescape")  # a "\r" in a name ends no line
     except FileNotFoundError:
         return
     with handle:
