@@ -155,6 +155,7 @@ class NodeAgent:
             cause=cause,
             deadline=deadline,
             at=told,
+            scheduler=answer.words,
         )
 
     def _peers_have_failed(self) -> bool:

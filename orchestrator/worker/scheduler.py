@@ -6,7 +6,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Protocol
 
@@ -23,6 +23,7 @@ class Notice:
 
     cause: ExitReason | None
     deadline: float
+    words: str = ""  # what the scheduler said, for the record
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,12 @@ class SlurmScheduler:
         job = self.show_job()
         if job is None:
             return Notice(None, now + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
-        return read_notice(
+        notice = read_notice(
             job, now=now, lead_time_s=lead_time_s, restarts=self.restart_count, kill_wait_s=self.kill_wait_s
         )
+
+        told = ("JobState", "Reason", "Restarts", "EndTime", "PreemptTime")
+        return replace(notice, words=" ".join(f"{key}={job[key]}" for key in told if key in job))
 
     def node_names(self, nodelist: str) -> list[str]:
         """The names in a list such as `n[1-3]`; the list itself when Slurm cannot be asked."""
