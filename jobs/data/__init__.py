@@ -1,0 +1,1 @@
+"""Data sets: image folders, and small real images to try things with."""

@@ -1,0 +1,1 @@
+"""SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., 2020)."""

@@ -1,0 +1,36 @@
+"""Sends the session's own saves through its checkpoint store; everything else stays with Lightning's plugin."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import CheckpointIO
+
+from orchestrator.worker.session import Session
+
+
+class SessionCheckpointIO(CheckpointIO):
+    """`trainer.save_checkpoint(io.target)` becomes a commit: streamed, hashed, fenced. Rank 0 only, as Lightning calls it."""
+
+    def __init__(self, session: Session, inner: CheckpointIO) -> None:
+        self._session = session
+        self._inner = inner
+        self.target = f"{session.store.uri}/commit"
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        if str(path) != self.target:
+            self._inner.save_checkpoint(checkpoint, path, storage_options)
+            return
+        self._session.commit(
+            lambda file: torch.save(checkpoint, file), step=checkpoint["global_step"], epoch=checkpoint["epoch"]
+        )
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        return self._inner.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._inner.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        self._inner.teardown()

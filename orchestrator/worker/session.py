@@ -1,0 +1,451 @@
+"""What training code sees of `orch`: where it runs, whether it must stop, where checkpoints go, how it leaves.
+
+Works the same in three settings: inside a run of `orch submit` (ORCH_RUN_ID is set: *managed*), under a bare torchrun or
+Slurm, and as a plain `python`. Imports neither torch nor Lightning; `orchestrator.integrations` connects it to them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, open_store, take_over
+from orchestrator.errors import CheckpointError, Fenced
+from orchestrator.files import read_json, write_json
+from orchestrator.paths import RunPaths
+from orchestrator.registry import EventLog, HeartbeatThread, ProgressWriter
+from orchestrator.states import ExitCode, ExitReason
+from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
+
+log = logging.getLogger("orchestrator.worker")
+
+PEER_WATCHDOG_GRACE_S = 0.5  # rank 0 writes the verdict, so it goes first
+VERDICT_WAIT_S = 1.0
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """When to save (None = not by this rule) and how many checkpoints to keep."""
+
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    every_epochs: int | None = 1
+    keep_last: int = 3
+
+    @classmethod
+    def from_plan(cls, plan: Mapping[str, Any]) -> CheckpointSettings:
+        """The `checkpoint` part of plan/agent.json; keys of later versions are ignored."""
+        return cls(**{key: plan[key] for key in cls.__dataclass_fields__ if key in plan})
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which run and attempt this process belongs to, and which of its ranks it is."""
+
+    run_id: str
+    run_dir: Path
+    attempt: int
+    rank: int
+    world_size: int
+    managed: bool
+
+
+def identify(environ: Mapping[str, str], *, default_dir: Path | None, agree: Callable[[str], str] | None) -> Identity:
+    """PROTOCOLS 1: who am I? `agree` (rank 0's text on every rank) is asked only where the environment does not say."""
+    rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
+    managed = "ORCH_RUN_ID" in environ
+    if managed:
+        return Identity(
+            run_id=environ["ORCH_RUN_ID"],
+            run_dir=Path(environ["ORCH_RUN_DIR"]),
+            attempt=int(environ.get("ORCH_ATTEMPT", "0")),
+            rank=rank,
+            world_size=world_size,
+            managed=True,
+        )
+    run_id = _standalone_run_id(environ)
+    run_dir = _standalone_dir(environ, run_id, default_dir)
+    mine = json.dumps({"run_id": run_id, "run_dir": str(run_dir), "attempt": _next_attempt(RunPaths(run_dir))})
+    if world_size > 1:
+        if agree is None:
+            raise CheckpointError(
+                "several ranks were started without `orch submit`, and nothing lets them agree on one run",
+                hint="pass agree=orchestrator.integrations.torch.agree to Session.start",
+            )
+        mine = agree(mine)
+    agreed = json.loads(mine)
+    return Identity(agreed["run_id"], Path(agreed["run_dir"]), agreed["attempt"], rank, world_size, managed=False)
+
+
+def _standalone_run_id(environ: Mapping[str, str]) -> str:
+    if "SLURM_ARRAY_JOB_ID" in environ and "SLURM_ARRAY_TASK_ID" in environ:
+        return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
+    if "SLURM_JOB_ID" in environ:
+        return environ["SLURM_JOB_ID"]
+    elastic = environ.get("TORCHELASTIC_RUN_ID", "none")
+    return elastic if elastic != "none" else uuid.uuid4().hex[:12]
+
+
+def _standalone_dir(environ: Mapping[str, str], run_id: str, default_dir: Path | None) -> Path:
+    if default_dir is not None:
+        return default_dir.absolute()
+    return (Path(environ.get("ORCH_ROOT", "orch_runs")) / "runs" / run_id).absolute()
+
+
+def _next_attempt(paths: RunPaths) -> int:
+    """Attempts are numbered by the verdicts and event files they left; nobody else counts them here."""
+    attempt = 0
+    while paths.verdict(attempt).exists() or paths.events(_writer(attempt)).exists():
+        attempt += 1
+    return attempt
+
+
+def _writer(attempt: int) -> str:
+    return f"rank0-{attempt:03d}"
+
+
+class Session:
+    """One training process of one attempt. `start` builds it; `guard` wraps the training; `commit` saves."""
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        settings: CheckpointSettings,
+        store: CheckpointStore,
+        stop: StopRequest,
+        signals: tuple[signal.Signals, ...] = (signal.SIGUSR1, signal.SIGTERM),
+        code_hash: str | None = None,
+        image: str | None = None,
+        exit_process: Callable[[int], NoReturn] = os._exit,
+    ) -> None:
+        self.run_id, self.run_dir, self.attempt = identity.run_id, identity.run_dir, identity.attempt
+        self.rank, self.world_size, self.managed = identity.rank, identity.world_size, identity.managed
+        self.settings = settings
+        self.store = store
+        self.paths = RunPaths(self.run_dir)
+        self.signals = signals
+        self.resumed_step: int | None = None
+        self.last_manifest: Manifest | None = None
+        self._stop = stop
+        self._code_hash = code_hash
+        self._image = image
+        self._exit_process = exit_process
+        self._fence: Fence | None = None
+        self._verdict_lock = threading.Lock()
+        self._verdict_written: str | None = None
+        self._position = (0, 0)
+        self._committed_at: float | None = None
+        self._watchdog: DeadlineWatchdog | None = None
+        self._heartbeat: HeartbeatThread | None = None
+        self._events: EventLog | None = None
+        self._progress: ProgressWriter | None = None
+        if self.is_chief:
+            self._events = EventLog(self.paths, _writer(self.attempt), attempt=self.attempt)
+            self._progress = ProgressWriter(self.paths, self.attempt)
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        environ: Mapping[str, str] = os.environ,
+        default_dir: Path | None = None,
+        agree: Callable[[str], str] | None = None,
+        settings: CheckpointSettings | None = None,
+        exit_process: Callable[[int], NoReturn] = os._exit,
+    ) -> Session:
+        """The session of this process. Collective (through `agree`) only where `orch` did not start it.
+
+        Args:
+            default_dir: run directory where none is given by the environment; else `$ORCH_ROOT/runs/<run_id>`.
+            settings: when to save, where the plan of `orch submit` does not say.
+        """
+        identity = identify(environ, default_dir=default_dir, agree=agree)
+        paths = RunPaths(identity.run_dir)
+        identity.run_dir.mkdir(parents=True, exist_ok=True)
+        plan = _load_plan(paths) if identity.managed else {}
+        deadline_file = environ.get("ORCH_DEADLINE_FILE")
+        wanted = signal.Signals[f"SIG{plan.get('signal', 'USR1')}"]
+        return cls(
+            identity,
+            settings=CheckpointSettings.from_plan(plan["checkpoint"])
+            if "checkpoint" in plan
+            else settings or CheckpointSettings(),
+            store=open_store(environ.get("ORCH_CHECKPOINT_URI") or str(paths.checkpoints)),
+            stop=StopRequest(Path(deadline_file) if deadline_file else None),
+            signals=tuple(dict.fromkeys((wanted, signal.SIGTERM))),
+            code_hash=plan.get("code_hash"),
+            image=(plan.get("container") or {}).get("image"),
+            exit_process=exit_process,
+        )
+
+    # --- being stopped
+
+    @property
+    def is_chief(self) -> bool:
+        """Rank 0: the only one that writes into the run directory, except for a failing rank's own verdict."""
+        return self.rank == 0
+
+    @property
+    def stop_requested(self) -> bool:
+        """True once this process got a signal. Other ranks may not have: agree before acting on it."""
+        return self._stop.requested
+
+    @property
+    def signalled_at(self) -> float | None:
+        """Unix time of the first signal."""
+        return self._stop.signalled_at
+
+    def install_signal_handlers(self) -> None:
+        """Catch the stop signals (flag only), start the watchdog and, on rank 0, the heartbeat. Idempotent."""
+        self._stop.install(self.signals)
+        if self._watchdog is None:
+            grace_s = 0.0 if self.is_chief else PEER_WATCHDOG_GRACE_S
+            self._watchdog = DeadlineWatchdog(self._stop, self._deadline_missed, grace_s=grace_s)
+            self._watchdog.start()
+        if self.is_chief and self._heartbeat is None:
+            self._heartbeat = HeartbeatThread(self.paths, self.attempt)
+            self._heartbeat.start()
+
+    def deadline(self) -> float | None:
+        """Unix time by which this process must be gone; None without one."""
+        return self._stop.deadline()
+
+    def seconds_left(self) -> float | None:
+        """Seconds until the deadline; None without one."""
+        return self._stop.seconds_left()
+
+    def _deadline_missed(self) -> None:
+        if self.is_chief and self._verdict_written is None:
+            step, epoch = self._position
+            self.verdict(
+                "unsaved",
+                step=step,
+                epoch=epoch,
+                reason=ExitReason.DEADLINE_MISSED,
+                message="no step boundary with a finished save was reached before the deadline; "
+                + self._standing_checkpoint(),
+            )
+        self.leave_stopped()
+
+    def _standing_checkpoint(self) -> str:
+        manifest = self.last_manifest
+        return "there is no checkpoint yet" if manifest is None else f"the checkpoint of step {manifest.step} stands"
+
+    # --- checkpoints
+
+    def resume(self) -> Found | None:
+        """Rank 0: the newest good checkpoint (None: start from the beginning), and this attempt's fence epoch.
+
+        Other ranks get None at once; the caller broadcasts the path (`orchestrator.integrations.torch.agree`).
+        """
+        if not self.is_chief:
+            return None
+        found, self._fence = take_over(self.store, attempt=self.attempt)
+        skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in found.skipped] if found else []
+        for skip in skipped:
+            self.event("checkpoint_rejected", **skip)
+        if found is not None:
+            self.resumed_step = found.manifest.step
+            self.last_manifest = found.manifest
+            self._position = (found.manifest.step, found.manifest.epoch)
+            self.event(
+                "resumed",
+                step=found.manifest.step,
+                epoch=found.manifest.epoch,
+                from_attempt=found.manifest.attempt,
+                checkpoint=str(found.path),
+                skipped=skipped,
+            )
+        return found
+
+    def commit(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> Manifest:
+        """Rank 0: make what `write` streams a checkpoint. Raises Fenced, CheckpointError; the previous one stands then."""
+        if self._fence is None:
+            raise CheckpointError(
+                "commit before resume", hint="call Session.resume() on rank 0 first: it opens the fence"
+            )
+        started = time.monotonic()
+        manifest = self.store.commit(
+            self._fence,
+            write,
+            step=step,
+            epoch=epoch,
+            world_size=self.world_size,
+            code_hash=self._code_hash,
+            image=self._image,
+        )
+        self.last_manifest = manifest
+        self._committed_at = time.time()
+        self._position = (step, epoch)
+        self.event(
+            "checkpoint_committed",
+            step=step,
+            epoch=epoch,
+            path=self.checkpoint_path(manifest),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        if self._progress is not None:
+            self._progress.flush()
+        if not self.stop_requested:  # the grace period is for saving, not for tidying up
+            self.store.collect_garbage(self._fence, keep_last=self.settings.keep_last)
+        return manifest
+
+    def checkpoint_path(self, manifest: Manifest) -> str:
+        """Where the (first) data file of a manifest lies."""
+        return f"{manifest.directory}/{manifest.files[0].name}"
+
+    # --- telling others
+
+    def event(self, event: str, **fields: object) -> None:
+        """Append to this rank's event file (rank 0 only; a no-op elsewhere)."""
+        if self._events is not None:
+            self._events.append(event, **fields)
+
+    def report(self, step: int, epoch: int, max_steps: int | None, throughput: float | None = None) -> None:
+        """Note the progress; written at most every second, by rank 0."""
+        self._position = (step, epoch)
+        if self._progress is not None:
+            self._progress.update(step, epoch, max_steps, throughput)
+
+    def verdict(
+        self,
+        outcome: str,
+        *,
+        step: int,
+        epoch: int,
+        reason: ExitReason | None = None,
+        message: str = "",
+        checkpoint: str | None = None,
+    ) -> None:
+        """Say how this attempt ended. Rank 0 speaks for the run; another rank only when it fails. The first verdict
+        stands, unless a failure comes after it."""
+        if checkpoint is None and outcome != "failed" and self.last_manifest is not None:
+            checkpoint = self.checkpoint_path(self.last_manifest)
+        committed = self._committed_at if outcome == "saved" else None
+        signalled = self.signalled_at
+        with self._verdict_lock:
+            if self._verdict_written is not None and outcome not in ("failed", "fenced"):
+                return
+            self._verdict_written = outcome
+            write_json(
+                self.paths.verdict(self.attempt, None if self.is_chief else self.rank),
+                {
+                    "run_id": self.run_id,
+                    "attempt": self.attempt,
+                    "rank": self.rank,
+                    "outcome": outcome,
+                    "reason": None if reason is None else str(reason),
+                    "step": step,
+                    "epoch": epoch,
+                    "checkpoint": checkpoint,
+                    "message": message,
+                    "signalled_at": signalled,
+                    "saved_in_s": None if committed is None or signalled is None else round(committed - signalled, 3),
+                    "time": time.time(),
+                },
+            )
+        self.event("verdict", outcome=outcome, reason=None if reason is None else str(reason), step=step)
+
+    # --- leaving
+
+    def leave(self, code: int) -> NoReturn:
+        """End the process now: interpreter teardown of torch costs seconds of the grace period (FACTS 4)."""
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        self._exit_process(code)
+
+    def leave_stopped(self, barrier: Callable[[], object] | None = None) -> NoReturn:
+        """Leave after a stop: 0 under `orch` (torchrun kills the peers of the first non-zero exit, in the middle of a save;
+        PID 1 reads the verdict), else 75, behind `barrier` for the same reason."""
+        if not self.managed and barrier is not None:
+            barrier()
+        self.leave(0 if self.managed else ExitCode.SAVED)
+
+    def stopped(self, *, step: int, epoch: int, barrier: Callable[[], object] | None = None) -> NoReturn:
+        """After the save that a stop asked for, on every rank: verdict (rank 0), then leave."""
+        if self.is_chief:
+            self.verdict(
+                "saved",
+                step=step,
+                epoch=epoch,
+                reason=ExitReason.PREEMPTED,
+                message=f"stopped and saved at step {step}",
+            )
+        self.leave_stopped(barrier)
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """Training goes inside: what it raises becomes a verdict first. Fenced leaves with 93 at once."""
+        try:
+            yield
+        except SystemExit as error:
+            if error.code not in (None, 0):
+                self.record_failure(error)
+            raise
+        except BaseException as error:
+            self.record_failure(error)
+            raise
+
+    def record_failure(self, error: BaseException) -> None:
+        """Write this rank's verdict for `error`; returns so that the caller can raise on. Does not return when the error
+        only echoes that rank 0 has left on purpose, or that this attempt was fenced."""
+        step, epoch = self._position
+        if isinstance(error, Fenced):
+            self.verdict("fenced", step=step, epoch=epoch, reason=ExitReason.FENCED, message=str(error))
+            log.error("%s", error)
+            self.leave(ExitCode.NEVER_RESTART)
+        if not self.is_chief and self._chief_has_left():
+            self.leave_stopped()
+        summary = "".join(traceback.format_exception_only(error)).strip()
+        self.verdict("failed", step=step, epoch=epoch, reason=_failure_reason(error), message=summary)
+
+    def _chief_has_left(self) -> bool:
+        """A broken connection right after rank 0's verdict is how its leaving looks from here, not a failure."""
+        limit = time.monotonic() + (VERDICT_WAIT_S if self.stop_requested else 0.0)
+        while True:
+            try:
+                outcome = read_json(self.paths.verdict(self.attempt))["outcome"]
+            except FileNotFoundError:
+                outcome = None
+            if outcome is not None or time.monotonic() >= limit:
+                return outcome in ("saved", "unsaved", "fenced")
+            time.sleep(0.05)
+
+    def close(self) -> None:
+        """Stop the threads of this session; for processes that go on afterwards."""
+        if self._watchdog is not None:
+            self._watchdog.stop()
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+        if self._progress is not None:
+            self._progress.close()
+
+
+def _failure_reason(error: BaseException) -> ExitReason:
+    if isinstance(error, CheckpointError):
+        return ExitReason.CHECKPOINT_FAILURE
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return ExitReason.OUT_OF_MEMORY
+    return ExitReason.FAILURE
+
+
+def _load_plan(paths: RunPaths) -> dict[str, Any]:
+    """plan/agent.json of a managed run; {} where the run directory has none (a test, an older layout)."""
+    try:
+        plan = read_json(paths.agent_plan)
+    except FileNotFoundError:
+        return {}
+    return dict(plan)
