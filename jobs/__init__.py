@@ -1,1 +1,1 @@
-"""Training code: settings, methods, models, augmentation, data. Import from the sub-packages; this one imports nothing."""
+"""Training code: settings, methods, models, augmentation, data. This package itself imports nothing."""

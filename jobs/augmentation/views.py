@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class RandomViews:
     """uint8 images [B, 3, H, W] to one float view each [B, 3, S, S], drawn from torch's global CPU generator.
 
-    Not a Module on purpose: as a submodule it would follow `.to(device)` and `.to(dtype)`, and kornia would then draw its
-    parameters there, so that the same seed gave other views.
+    Not a Module on purpose: as a submodule it would follow `.to(device)` and `.to(dtype)`, and kornia would then draw
+    its parameters there, so that the same seed gave other views.
     """
 
     def __init__(self, settings: TransformSettings, *, image_size: int) -> None:

@@ -6,7 +6,6 @@ Real images without a network (UCI Optical Recognition of Handwritten Digits, 8x
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ COMPLETE = "COMPLETE"  # written last
 
 
 def write_digits(out: Path, *, limit: int | None = None) -> int:
-    """Write the images below `out` and return their number. Idempotent, deterministic; `out` appears complete or not at all.
+    """Write the images below `out` and return their number. Idempotent; `out` appears complete or not at all.
 
     Args:
         limit: only the first so many (the classes take turns in the data set).
@@ -68,7 +67,7 @@ def _image(pixels: Any) -> Image.Image:
 
 def _publish(staging: Path, out: Path) -> None:
     try:
-        os.replace(staging, out)  # an empty directory may be in the way; a full one is another process's finished work
+        staging.replace(out)  # an empty directory may be in the way; a full one is another process's finished work
     except OSError:
         if _digits_there(out) is None:
             raise

@@ -9,7 +9,7 @@ import torch
 
 
 def warmup_cosine_factor(step: int, *, warmup_steps: int, steps: int) -> float:
-    """Factor of the peak rate at `step` (0-based): a line up to 1, then half a cosine down to 0 (SGDR, Loshchilov 2017)."""
+    """Factor of the peak rate at `step` (0-based): a line up to 1, then half a cosine to 0 (SGDR, Loshchilov 2017)."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     span = max(1, steps - warmup_steps)

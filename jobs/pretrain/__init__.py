@@ -1,4 +1,4 @@
-"""Self-supervised pretraining: `python -m jobs.pretrain --data=… --epochs=4`, or `from jobs.pretrain import pretrain`."""
+"""Pretraining without labels: `python -m jobs.pretrain --data=… --epochs=4` or `from jobs.pretrain import pretrain`."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ __all__ = ["pretrain"]
 def pretrain(settings: PretrainSettings | None = None, **values: Any) -> PretrainResult:
     """Pretrain a model and export it; blocks until done. Resumes by itself from what the run directory holds.
 
-    Pass a settings object, or its fields as keywords (docs/training.md). When the run is asked to stop, the process saves
-    and ends; this function does not return then. Raises SpecError for wrong settings, RefusedError for changed ones.
+    Pass a settings object, or its fields as keywords (docs/training.md). When the run is asked to stop, the process
+    saves and ends; this function does not return then. Raises SpecError for wrong settings, RefusedError for changed
+    ones.
     """
     from jobs.pretrain.run import run
     from jobs.pretrain.settings import parse_settings

@@ -10,7 +10,7 @@ from orchestrator.errors import OrchError
 
 
 def main(argv: list[str]) -> int:
-    """Exit code 0 when done; 2 for wrong settings. After a stop the process ends inside `run` (docs/exact-resume.md)."""
+    """0 when done, 2 for wrong settings. After a stop the process ends inside `run` (docs/exact-resume.md)."""
     if argv in (["--help"], ["-h"]):
         print(USAGE)
         return 0

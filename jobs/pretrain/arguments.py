@@ -1,4 +1,4 @@
-"""`--key=value` words to settings values: JSON where the value is JSON, else the text itself (the spec's `job.args` rule)."""
+"""`--key=value` words to settings values: JSON where the value is JSON, else text (the spec's `job.args` rule)."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
         torch.utils.deterministic.fill_uninitialized_memory = False
     if settings.batch_size % session.world_size:
         raise SpecError(
-            f"batch_size {settings.batch_size} is the batch of all {session.world_size} ranks together and must divide by "
-            "their number",
+            f"batch_size {settings.batch_size} is the batch of all {session.world_size} ranks together and must divide "
+            "by their number",
             hint=f"use {settings.batch_size // session.world_size * session.world_size or session.world_size}",
         )
     data = ImageFolder(settings.data_paths, image_size=settings.transform_args.image_size)
@@ -128,7 +128,7 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
 
 
 def _record_attempt(session: Session, settings: PretrainSettings, data: dict[str, Any]) -> int:
-    """Refuse drift, note this attempt in environment.json and return the seed, drawn once if none was given. Collective."""
+    """Refuse drift, note this attempt, return the seed (drawn once if none was given). Collective."""
     from jobs.pretrain.record import (
         describe_environment,
         environment_changes,
@@ -174,15 +174,15 @@ def _trainer(session: Session, settings: PretrainSettings, **options: Any) -> An
     if session.world_size > 1:
         strategy = DDPStrategy(process_group_backend="nccl" if on_gpu else "gloo")
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings(
-        "ignore", message=".*your dataloader is not resumable.*"
-    )  # ours seeks (exact.batch_sampler)
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")  # the exact sampler seeks
+    warnings.filterwarnings("ignore", message=".*The `srun` command is available.*")
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")
     return Trainer(
         accelerator="gpu" if on_gpu else "cpu",
         devices=local,
         num_nodes=session.world_size // local,
         strategy=strategy,
-        # not left to detection: inside an allocation but without srun, Lightning would take itself for one of Slurm's tasks
+        # not left to detection: inside an allocation, Lightning would take itself for one of Slurm's tasks
         plugins=[TorchElasticEnvironment() if "TORCHELASTIC_RUN_ID" in os.environ else LightningEnvironment()],
         precision=settings.precision,
         max_epochs=settings.epochs,

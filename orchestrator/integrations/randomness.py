@@ -1,7 +1,7 @@
 """Randomness that is derived, not stored: every draw is seeded by what it is for, so a resume has nothing to restore.
 
-A key hashes (seed, purpose, epoch, …) to 32 bits: the CPU generator uses only the low 32 bits of a seed, so packing values
-side by side would make different keys draw the same numbers.
+A key hashes (seed, purpose, epoch, …) to 32 bits: the CPU generator uses only the low 32 bits of a seed, so packing
+values side by side would make different keys draw the same numbers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def seed_torch(*parts: int | str) -> None:
     """Seed torch's CPU generator, and the current CUDA device's if CUDA is in use, from the tuple `parts`."""
     key = derive_key(*parts)
     torch.default_generator.manual_seed(key)  # torch.manual_seed is 100 times slower where CUDA is built in but unused
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.manual_seed(key)
 
 
@@ -67,8 +67,8 @@ class _MapDataset(Protocol[Item]):
 class SeededDataset(torch.utils.data.Dataset[Item], Generic[Item]):
     """Wraps a map-style dataset: each sample's random transforms are seeded by (seed, epoch, index).
 
-    Takes the `(index, epoch)` keys of `ExactBatchSampler`; prefetching and persistent workers cannot hold a stale epoch,
-    because it travels with the index. A plain index counts as epoch 0.
+    Takes the `(index, epoch)` keys of `ExactBatchSampler`; prefetching and persistent workers cannot hold a stale
+    epoch, because it travels with the index. A plain index counts as epoch 0.
     """
 
     def __init__(self, dataset: _MapDataset[Item], seed: int) -> None:

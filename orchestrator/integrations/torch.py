@@ -1,4 +1,4 @@
-"""For plain torch: ranks that agree, and a loop that stops, saves and resumes exactly (docs/exact-resume.md, section 4)."""
+"""For plain torch: ranks that agree, and a loop that stops, saves and resumes exactly (docs/exact-resume.md)."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, not listed in __all__
 
 from orchestrator.errors import CheckpointError
 from orchestrator.worker.session import CheckpointSettings, Session
@@ -20,18 +21,18 @@ _agreements = itertools.count()
 
 
 @functools.cache
-def _rendezvous_store() -> dist.Store:
-    """torchrun's key-value store. Kept for the life of the process: where rank 0 hosts it, dropping it ends the server."""
-    store, _rank, _world_size = next(iter(dist.rendezvous("env://")))
+def _rendezvous_store() -> Any:
+    """torchrun's key-value store. Kept for the life of the process: where rank 0 hosts it, it is the server."""
+    store, _rank, _world_size = next(iter(rendezvous("env://")))
     return store
 
 
 def agree(value: str) -> str:
-    """Rank 0's `value` on every rank. Collective, blocking; needs no process group, so it works before the trainer exists."""
+    """Rank 0's `value` on every rank. Collective, blocking; needs no process group, so it works before a trainer."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return value
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(f"orch/agree/{restart}", _rendezvous_store())
+    store = PrefixStore(f"orch/agree/{restart}", _rendezvous_store())
     key = str(next(_agreements))
     if os.environ["RANK"] == "0":
         store.set(key, value)
@@ -46,13 +47,13 @@ def resume_path(session: Session) -> str | None:
 
 
 class Agreement:
-    """The maximum over all ranks of a few small numbers, on an own gloo group; overlaps with the step between the calls.
+    """The maximum over all ranks of a few small numbers, on an own gloo group; overlaps with the step in between.
 
     Collective: every rank makes the same calls in the same order. One rank alone pays nothing.
     """
 
     def __init__(self, size: int, world_size: int) -> None:
-        self._group = dist.new_group(backend="gloo") if world_size > 1 else None
+        self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
         self._values = torch.zeros(size, dtype=torch.int64)
         self._work: Any = None
         self._alone: list[int] = [0] * size
@@ -135,8 +136,8 @@ class _Stateful(Protocol):
 class ResumableLoop:
     """Saves and restores what has a `state_dict` at step boundaries of a hand-written training loop.
 
-    `step` and `epoch` say where to go on. Call `step_done()` after each optimizer step and `epoch_done()` after each epoch:
-    they save when due and do not return when the run was asked to stop. Every call is collective.
+    `step`, `epoch` and `batch` say where to go on. Call `step_done()` after each optimizer step, `epoch_done()` after each
+    epoch: they save when due, and do not return when the run was asked to stop. Every call is collective.
     """
 
     def __init__(self, session: Session, parts: Mapping[str, _Stateful], *, max_steps: int | None = None) -> None:
@@ -159,7 +160,7 @@ class ResumableLoop:
         self._schedule.saved(self.step)
 
     def step_done(self) -> None:
-        """One optimizer step is complete. Saves when due; leaves the process after a save when any rank was signalled."""
+        """One optimizer step is complete. Saves when due; after a signal to any rank, saves and leaves."""
         self.step += 1
         self.batch += 1
         self.session.report(self.step, self.epoch, self._max_steps)

@@ -1,7 +1,7 @@
 """What training code sees of `orch`: where it runs, whether it must stop, where checkpoints go, how it leaves.
 
-Works the same in three settings: inside a run of `orch submit` (ORCH_RUN_ID is set: *managed*), under a bare torchrun or
-Slurm, and as a plain `python`. Imports neither torch nor Lightning; `orchestrator.integrations` connects it to them.
+Works the same in three settings: inside a run of `orch submit` (ORCH_RUN_ID is set: *managed*), under a bare torchrun
+or Slurm, and as a plain `python`. Imports neither torch nor Lightning; `orchestrator.integrations` connects it to them.
 """
 
 from __future__ import annotations
@@ -272,7 +272,7 @@ class Session:
         return found
 
     def commit(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> Manifest:
-        """Rank 0: make what `write` streams a checkpoint. Raises Fenced, CheckpointError; the previous one stands then."""
+        """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands."""
         if self._fence is None:
             raise CheckpointError(
                 "commit before resume", hint="call Session.resume() on rank 0 first: it opens the fence"
@@ -368,8 +368,8 @@ class Session:
         self._exit_process(code)
 
     def leave_stopped(self, barrier: Callable[[], object] | None = None) -> NoReturn:
-        """Leave after a stop: 0 under `orch` (torchrun kills the peers of the first non-zero exit, in the middle of a save;
-        PID 1 reads the verdict), else 75, behind `barrier` for the same reason."""
+        """Leave after a stop: 0 under `orch` (torchrun kills the peers of the first non-zero exit, in the middle of a
+        save; PID 1 reads the verdict), else 75, behind `barrier` for the same reason."""
         if not self.managed and barrier is not None:
             barrier()
         self.leave(0 if self.managed else ExitCode.SAVED)
@@ -400,8 +400,8 @@ class Session:
             raise
 
     def record_failure(self, error: BaseException) -> None:
-        """Write this rank's verdict for `error`; returns so that the caller can raise on. Does not return when the error
-        only echoes that rank 0 has left on purpose, or that this attempt was fenced."""
+        """Write this rank's verdict for `error`; returns so that the caller can raise on. Does not return when the
+        error only echoes that rank 0 has left on purpose, or that this attempt was fenced."""
         step, epoch = self._position
         if isinstance(error, Fenced):
             self.verdict("fenced", step=step, epoch=epoch, reason=ExitReason.FENCED, message=str(error))

@@ -1,8 +1,8 @@
 """Being asked to stop: the flag a signal handler sets, the deadline that comes with it, the watchdog that enforces it.
 
 PROTOCOLS 3: the handler does nothing but set a flag, because it runs between two bytecodes of a training step; the work
-happens at the next step boundary. The deadline is a file, written by the agent on the host (which can ask the scheduler)
-and replaced by an earlier one when a second signal shortens the time.
+happens at the next step boundary. The deadline is a file, written by the agent on the host (which can ask the
+scheduler) and replaced by an earlier one when a second signal shortens the time.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
 
-DEADLINE_MARGIN_S = (
-    1.0  # writing the verdict and leaving takes this long at worst; a save that ends later is lost anyway
-)
+DEADLINE_MARGIN_S = 1.0  # writing the verdict and leaving takes this long at worst
 WATCHDOG_POLL_S = 0.25
 
 
@@ -65,7 +63,7 @@ class StopRequest:
 
 
 class DeadlineWatchdog(threading.Thread):
-    """Calls `missed` once when the deadline passes: a hung collective or a dead peer reaches no step boundary by itself."""
+    """Calls `missed` once when the deadline passes: a hung collective or a dead peer reaches no step boundary."""
 
     def __init__(self, request: StopRequest, missed: Callable[[], object], *, grace_s: float = 0.0) -> None:
         super().__init__(name="orch-deadline-watchdog", daemon=True)

@@ -51,8 +51,8 @@ class _GatherRanks(torch.autograd.Function):
 def gather_ranks(local: Tensor) -> Tensor:
     """[W, *local.shape], in the order of ranks. Collective, differentiable.
 
-    With the mean of DDP over the ranks' gradients, mean-over-own-anchors losses add up to exactly the gradient of the mean
-    over all anchors.
+    With the mean of DDP over the ranks' gradients, mean-over-own-anchors losses add up to exactly the gradient of the
+    mean over all anchors.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return local[None]

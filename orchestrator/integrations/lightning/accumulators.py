@@ -1,4 +1,4 @@
-"""Epoch accumulators (`self.log(on_epoch=True)`, torchmetrics attributes) across a restart; Lightning saves none of them.
+"""Epoch accumulators (`self.log(on_epoch=True)`, torchmetrics attributes) across a restart: Lightning saves none.
 
 Each rank's own values are saved and restored: with rank 0's alone, the other ranks' epoch means would be wrong.
 Plain types and tensors only, so that the checkpoint loads with `weights_only=True`.

@@ -1,7 +1,8 @@
 """The one callback: stops at a step boundary all ranks agree on, saves there, and resumes there exactly.
 
-Saves happen in the first hook after a step is *wholly* done (optimizer, schedulers, every `on_train_batch_end`, its log
-row, a due validation): `on_train_batch_start` of the next batch, `on_train_epoch_start` of the next epoch, `on_train_end`.
+Saves happen in the first hook after a step is *wholly* done (optimizer, schedulers, every `on_train_batch_end`, its
+log row, a due validation): `on_train_batch_start` of the next batch, `on_train_epoch_start` of the next epoch,
+`on_train_end`.
 A stop uses Lightning's own SIGTERMException, which is raised at the same boundary without waiting for another batch.
 """
 
@@ -47,7 +48,7 @@ class ExactResume(Callback):
 
     Args:
         seed: seeds every training step and validation by (seed, epoch, batch, rank); None leaves seeding to you.
-        session: where this process runs; by default asked of the environment (collective where `orch` did not start it).
+        session: where this process runs; by default as the environment says (collective where `orch` did not start it).
         out: run directory outside `orch submit`; by default `./orch_runs/runs/<run id>`.
         settings: when to save outside `orch submit`.
     """
@@ -89,7 +90,7 @@ class ExactResume(Callback):
         return resume_path(self.session)
 
     def batch_sampler(self, size: int, batch_size: int, *, seed: int | None = None) -> ExactBatchSampler:
-        """A batch sampler for `size` samples and a *global* `batch_size` that this callback puts at the right position."""
+        """A batch sampler (global `batch_size`) that this callback puts at the right position."""
         chosen = self.seed if seed is None else seed
         if chosen is None:
             raise ValueError("the sampler needs a seed: ExactResume(seed=…) or batch_sampler(…, seed=…)")
@@ -108,8 +109,8 @@ class ExactResume(Callback):
             return
         if (trainer.world_size, trainer.global_rank) != (self.session.world_size, self.session.rank):
             raise CheckpointError(
-                f"the trainer has {trainer.world_size} ranks and this is number {trainer.global_rank}, but the environment "
-                f"says {self.session.world_size} and {self.session.rank}",
+                f"the trainer has {trainer.world_size} ranks and this is number {trainer.global_rank}, but the "
+                f"environment says {self.session.world_size} and {self.session.rank}",
                 hint="start the ranks with torchrun (or `orch submit`), not from within the Trainer",
             )
         self._trainer = trainer
@@ -173,9 +174,7 @@ class ExactResume(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stop, save, give_up = self._finish_agreement()
-        self._at_step = (
-            trainer.global_step != self._step
-        )  # false inside an accumulation window: gradients are not saved
+        self._at_step = trainer.global_step != self._step  # else gradients accumulate, and those are not saved
         if not self._at_step:
             return
         self._step = trainer.global_step
@@ -320,7 +319,7 @@ class _ValidationClock:
         self._started_at = time.monotonic()
 
     def agree_on_next_batch(self) -> bool:
-        """True while every rank still has a batch: an agreement some rank does not take part in would hang the others."""
+        """True while every rank still has a batch: an agreement without some rank would hang the others."""
         self.agreeing = self._left > 0
         self._left -= 1
         return self.agreeing

@@ -11,7 +11,7 @@ from orchestrator.worker.session import Session
 
 
 class SessionCheckpointIO(CheckpointIO):
-    """`trainer.save_checkpoint(io.target)` becomes a commit: streamed, hashed, fenced. Rank 0 only, as Lightning calls it."""
+    """`trainer.save_checkpoint(io.target)` becomes a commit: streamed, hashed, fenced. Lightning calls it on rank 0."""
 
     def __init__(self, session: Session, inner: CheckpointIO) -> None:
         self._session = session

@@ -49,8 +49,8 @@ def _data_gaps(trainer: Trainer) -> Iterator[str]:
         sampler = getattr(loader, "batch_sampler", None)
         if not isinstance(sampler, ExactBatchSampler):
             yield (
-                f"the training loader draws its batches with {type(sampler).__name__}: a resume in mid-epoch starts the "
-                "epoch's data over; use batch_sampler=exact.batch_sampler(…)"
+                f"the training loader draws its batches with {type(sampler).__name__}: a resume in mid-epoch starts "
+                "the epoch's data over; use batch_sampler=exact.batch_sampler(…)"
             )
         elif not (isinstance(dataset, SeededDataset) or getattr(dataset, "takes_epoch_keys", False)):
             yield "the dataset is not a SeededDataset: random transforms in it are not tied to (seed, epoch, index)"
@@ -70,7 +70,7 @@ def _model_gaps(trainer: Trainer, module: LightningModule) -> Iterator[str]:
         if not wrapped.broadcast_buffers and any(True for _ in module.buffers()):
             yield "DDP with broadcast_buffers=False: the other ranks' buffers come back as rank 0's"
         if wrapped.static_graph and trainer.world_size > 2:
-            yield "DDP with static_graph=True on more than two ranks: the first step after a restart sums in another order"
+            yield "DDP with static_graph on three or more ranks: the first step after a restart sums in another order"
     if not module.automatic_optimization:
         yield "manual optimization: saves assume that one batch makes at most one optimizer step"
     if next(module.parameters()).is_cuda and torch.backends.cudnn.benchmark:
@@ -82,7 +82,7 @@ def _trainer_gaps(trainer: Trainer) -> Iterator[str]:
         yield f"strategy {type(trainer.strategy).__name__}: only single-device and DDP are proven"
     if any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs):
         yield "a plateau scheduler: the metric it watches is not restored"
-    if trainer._val_check_time_interval is not None:
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
         yield "val_check_interval given as a time: validations fall on other steps after a restart"
-    if trainer.reload_dataloaders_every_n_epochs:
+    if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
         yield "reload_dataloaders_every_n_epochs: exactness is not proven with it"

@@ -1,8 +1,8 @@
 """DistributedDataParallel lays its gradient buckets out anew after the first backward of every *process*.
 
-The first backward sums buckets in registration order, later ones in the order gradients became ready. With three or more
-ranks the two layouts add the same numbers in another order, so the first step after a restart differs in the last bits.
-The cure: let every process, the very first included, do its first backward before its first real step.
+The first backward sums buckets in registration order, later ones in the order gradients became ready. With three or
+more ranks the two layouts add the same numbers in another order, so the first step after a restart differs in the last
+bits. The cure: let every process, the very first included, do its first backward before its first real step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 def settle_buckets(wrapped: DistributedDataParallel, module: LightningModule) -> None:
     """One backward through `wrapped` that touches every parameter and changes none. Collective.
 
-    The user's forward is not run: no buffers, random numbers or logs are touched. Gradients become ready in reverse order
-    of registration, the order DDP's own first guess assumes.
+    The user's forward is not run: no buffers, random numbers or logs are touched. Gradients become ready in reverse
+    order of registration, the order DDP's own first guess assumes.
     """
 
     def touch_parameters() -> torch.Tensor:
@@ -26,7 +26,7 @@ def settle_buckets(wrapped: DistributedDataParallel, module: LightningModule) ->
                 total = total + (parameter * 0).sum().to(total.dtype)
         return total
 
-    module.forward = touch_parameters
+    module.forward = touch_parameters  # type: ignore[method-assign]
     try:
         with torch.enable_grad():
             wrapped().backward()

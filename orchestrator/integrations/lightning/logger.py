@@ -6,7 +6,6 @@ from argparse import Namespace
 from typing import Any
 
 from lightning.pytorch.loggers.logger import Logger
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from orchestrator.registry import MetricsLog
 from orchestrator.worker.session import Session
@@ -57,7 +56,6 @@ class RunLogger(Logger):
         if self._log is not None:
             self._log.append(step, epoch, values)
 
-    @rank_zero_only  # type: ignore[untyped-decorator]
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         values = dict(metrics)
         epoch = int(values.pop("epoch", 0))

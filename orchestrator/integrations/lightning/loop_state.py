@@ -26,7 +26,7 @@ class Validation(Enum):
 class Boundary:
     """A point between two steps, seen independently of the hook it is reached from.
 
-    `batches` of the open epoch are done (None: between two epochs); `stepped` is Lightning's number for the next log row.
+    `batches` of the open epoch are done (None: between two epochs); `stepped` is Lightning's number for the next row.
     """
 
     batches: int | None
@@ -38,21 +38,22 @@ class Boundary:
 
 def epoch_is_open(trainer: Trainer) -> bool:
     """True from an epoch's start until its batches are used up and its end has begun."""
-    progress = trainer.fit_loop.epoch_progress.current
+    progress: Any = trainer.fit_loop.epoch_progress.current
     return bool(progress.started > progress.processed)
 
 
 def position(trainer: Trainer) -> tuple[int, int]:
     """(epoch, batches of it that are done): where a sampler has to go on. Valid as soon as the loops are restored."""
-    loop = trainer.fit_loop
-    epoch = loop.epoch_progress.current.processed
-    return epoch, loop.epoch_loop.batch_progress.current.processed if epoch_is_open(trainer) else 0
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    return epoch.processed, batch.processed if epoch_is_open(trainer) else 0
 
 
 def boundary(trainer: Trainer, *, validation_given_up: bool) -> Boundary:
     """Where the live trainer stands, at any hook from which a checkpoint may be saved."""
     loop = trainer.fit_loop.epoch_loop
-    progress, current = loop.batch_progress, loop.batch_progress.current
+    progress = loop.batch_progress
+    current: Any = progress.current
     stepped = loop._batches_that_stepped
     if not epoch_is_open(trainer) or trainer.fit_loop._data_fetcher is None:
         return Boundary(None, progress.is_last_batch, stepped, Validation.NOT_DUE, accumulating=False)
@@ -92,7 +93,7 @@ def _looking_back(trainer: Trainer, next_has_begun: bool) -> tuple[bool, bool]:
 
 
 def canonical_fit_loop(state: dict[str, Any], at: Boundary) -> dict[str, Any]:
-    """`checkpoint["loops"]["fit_loop"]` rewritten so that Lightning resumes right at `at`. Pure; changes nothing in place."""
+    """`checkpoint["loops"]["fit_loop"]` rewritten so that Lightning resumes right at `at`. Pure."""
     if at.batches is None:
         return {**state, "epoch_progress": _between_epochs(state["epoch_progress"])}
     fixed = dict(state)
@@ -129,7 +130,7 @@ def _between_epochs(progress: dict[str, dict[str, int]]) -> dict[str, dict[str, 
 
 def forget_finished_epoch(trainer: Trainer) -> None:
     """With `max_steps` Lightning takes a checkpoint between two epochs for one in mid-epoch (FL.restarting) and runs an
-    empty epoch, after which all epoch numbers, and with them the sample order, are off by one. Call in on_train_start."""
+    empty epoch, after which all epoch numbers, and with them the sample order, are off by one. For on_train_start."""
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     if epoch.restarting and not epoch_is_open(trainer):
         for loop in (fit, epoch, epoch.val_loop):
