@@ -15,7 +15,7 @@ def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None =
     """The whole answer of `orch status`."""
     now = time.time() if now is None else now
     content: list[Line] = [_headline(status, now)]
-    if status.message and status.state is not JobState.COMPLETED:
+    if status.message and status.state is not JobState.COMPLETED and status.message != status.state.value:
         content.append([(f"  {_sentence(status.message)}", "")])
     content += [_attempt(attempt, status, now) for attempt in status.attempts]
     if status.last_checkpoint is not None:
@@ -103,9 +103,9 @@ def _next_steps(status: RunStatus) -> Iterable[str]:
     if status.state in (JobState.FAILED, JobState.LOST, JobState.NEEDS_RESUME):
         yield _safety(status)
         more = " --set resources.mem=…" if status.exit_reason is ExitReason.OUT_OF_MEMORY else ""
-        yield f"what it printed:  orch logs {run}        go on:  orch resume {run}{more}"
+        yield f"What it printed:  orch logs {run}        Go on:  orch resume {run}{more}"
     elif status.state is JobState.CANCELLED:
-        yield f"{_safety(status)} go on:  orch resume {run}"
+        yield f"{_safety(status)} Go on:  orch resume {run}"
     elif status.state is JobState.RUNNING:
         yield f"follow:  orch logs -f {run}        stop:  orch cancel {run}"
 

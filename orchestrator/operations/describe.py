@@ -126,13 +126,18 @@ def _resumed_from(record: Record) -> dict[str, Any] | None:
 
 
 def _attempts(record: Record, standing: Standing) -> tuple[Attempt, ...]:
-    rows = [_attempt(row) for row in record.attempts if _integer(row.get("attempt")) is not None]
+    resumed = {event.get("attempt"): event.get("step") for event in record.events if event.get("event") == "resumed"}
+    rows = [
+        _attempt(row, _integer(resumed.get(row["attempt"])))
+        for row in record.attempts
+        if _integer(row.get("attempt")) is not None
+    ]
     return tuple(_with_losses(row, rows[index + 1 :], record, standing) for index, row in enumerate(rows))
 
 
-def _attempt(row: Mapping[str, Any]) -> Attempt:
-    resumed = row.get("resumed_from")
-    resumed_step = resumed.get("step") if isinstance(resumed, Mapping) else row.get("step_start")
+def _attempt(row: Mapping[str, Any], resumed_step: int | None) -> Attempt:
+    """A row of the sidecar; it learns where the attempt began only at its end, the `resumed` event knows at once."""
+    start = _integer(row.get("step_start"))
     return Attempt(
         number=int(row["attempt"]),
         job_id=None if row.get("job_id") is None else str(row["job_id"]),
@@ -141,10 +146,10 @@ def _attempt(row: Mapping[str, Any]) -> Attempt:
         ended=_float(row.get("ended")),
         outcome=row.get("outcome"),
         exit_reason=reason_of(row.get("exit_reason")),
-        step_start=_integer(row.get("step_start")),
+        step_start=resumed_step if start is None else start,
         step_end=_integer(row.get("step_end")),
         saved_in_s=_float(row.get("saved_in_s")),
-        resumed_step=_integer(resumed_step),
+        resumed_step=resumed_step,
         exit_code=_integer(row.get("exit_code")),
     )
 

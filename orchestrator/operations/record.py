@@ -44,6 +44,7 @@ class Record:
     submission: Submission | None
     tombstone: bool
     heartbeat_age_s: float | None
+    logged_attempts: tuple[int, ...] = ()  # from the log directories: an attempt's earliest trace
     problems: tuple[str, ...] = ()  # files that could not be read, in words
 
     @property
@@ -60,7 +61,7 @@ class Record:
         """Number of the newest attempt that left any trace; None before the first one."""
         numbers = [int(row["attempt"]) for row in self.attempts if row.get("attempt") is not None]
         numbers += [int(event["attempt"]) for event in self._traces()]
-        numbers += _logged_attempts(self.paths)
+        numbers += self.logged_attempts
         return max(numbers, default=None)
 
     def _traces(self) -> Iterable[dict[str, Any]]:
@@ -98,6 +99,7 @@ def load_record(paths: RunPaths, *, now: float | None = None) -> Record:
             submission=_submission(events),
             tombstone=view.cancelled,
             heartbeat_age_s=None if view.heartbeat is None else max(0.0, now - view.heartbeat),
+            logged_attempts=_logged_attempts(paths),
             problems=view.problems,
         )
     except OSError as error:
@@ -115,10 +117,9 @@ def _newest_verdict(paths: RunPaths) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _logged_attempts(paths: RunPaths) -> list[int]:
-    """Attempts that made a log directory: the earliest trace, older than the first sidecar."""
+def _logged_attempts(paths: RunPaths) -> tuple[int, ...]:
     names = (entry.name for entry in (paths.run_dir / "logs").glob("attempt-*"))
-    return [int(match[1]) for name in names if (match := re.fullmatch(r"attempt-(\d+)", name))]
+    return tuple(int(match[1]) for name in names if (match := re.fullmatch(r"attempt-(\d+)", name)))
 
 
 def _submission(events: Iterable[Mapping[str, Any]]) -> Submission | None:

@@ -84,9 +84,10 @@ def _memory_lock(environ: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path, *, deadline_s: float) -> Iterator[None]:
-    """Hold an exclusive flock on `path` (created if missing). Raises TimeoutError past the deadline."""
+    """Hold an exclusive flock on `path` (created if missing, like its directory). Raises TimeoutError, OSError."""
     end = time.monotonic() + deadline_s
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             while not _try_lock(descriptor):

@@ -71,16 +71,17 @@ def reason_of(value: object) -> ExitReason | None:
 
 def _resolve_alive(record: Record, job: JobStatus | None) -> Standing:
     stated = _stated(record)
-    suffix = "; being cancelled" if record.tombstone else ""
+    stopping = ["being cancelled"] if record.tombstone else []
     if job is not None and job.state is SchedulerState.PENDING:
         words = f"waiting: {job.reason}" if job.reason else "waiting in the queue"
         state = JobState.QUEUED if record.last_attempt is None or stated is None else JobState.PREEMPTED
-        return Standing(state, True, None, words + _held(job.reason) + suffix)
+        return Standing(state, True, None, "; ".join([words + _held(job.reason), *stopping]))
     if stated is not None and stated is not JobState.LOST:
-        return Standing(stated, True, None, str(record.sidecar.get("message") or "") + suffix)
+        said = [str(record.sidecar["message"])] if record.sidecar.get("message") else []
+        return Standing(stated, True, None, "; ".join([*said, *stopping]))
     if job is None and not record.heartbeat_fresh:
-        return Standing(JobState.QUEUED, True, None, "the scheduler gave no answer" + suffix)
-    return Standing(JobState.RUNNING, True, None, suffix.lstrip("; "))
+        return Standing(JobState.QUEUED, True, None, "; ".join(["the scheduler gave no answer", *stopping]))
+    return Standing(JobState.RUNNING, True, None, "; ".join(stopping))
 
 
 def _held(reason: str) -> str:
