@@ -1,0 +1,392 @@
+"""What every checkpoint store must do. One suite, parametrised over the stores there are."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, open_store, take_over
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+
+Open = Callable[[], CheckpointStore]
+
+
+@pytest.fixture(params=["path", "file-url"])
+def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
+    """Opens the same store anew, as the next attempt would."""
+    directory = tmp_path / "a run's checkpoints"
+    uri = str(directory) if request.param == "path" else "file://" + str(directory).replace(" ", "%20")
+    return lambda: open_store(uri)
+
+
+@pytest.fixture
+def store(open_again: Open) -> CheckpointStore:
+    return open_again()
+
+
+def content(step: int) -> bytes:
+    return f"state of step {step};".encode() * 100
+
+
+def save(store: CheckpointStore, fence: Fence, step: int) -> Manifest:
+    return store.commit(fence, lambda f: f.write(content(step)), step=step, epoch=step // 10, world_size=2)
+
+
+def found(store: CheckpointStore) -> Found:
+    result = store.find()
+    assert result is not None
+    return result
+
+
+def steps(store: CheckpointStore) -> list[int]:
+    return [manifest.step for manifest in store.manifests()]
+
+
+def damage(manifest: Manifest) -> None:
+    data = bytearray(manifest.path.read_bytes())
+    data[len(data) // 2] ^= 1
+    manifest.path.write_bytes(data)
+
+
+# --- the first attempt
+
+
+def test_nothing_is_found_in_a_store_that_does_not_exist_yet(store: CheckpointStore) -> None:
+    assert store.find() is None
+    assert store.manifests() == []
+
+
+def test_what_was_committed_is_found_by_another_instance(store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    manifest = store.commit(
+        fence, lambda f: f.write(content(7)), step=7, epoch=1, world_size=4, code_hash="c0de", image="sha256:1"
+    )
+    result = found(open_again())
+    assert result.manifest == manifest
+    assert result.path.read_bytes() == content(7)
+    assert result.skipped == ()
+    assert (manifest.step, manifest.epoch, manifest.world_size) == (7, 1, 4)
+    assert (manifest.attempt, manifest.fence_epoch, manifest.code_hash, manifest.image) == (0, 1, "c0de", "sha256:1")
+    [entry] = manifest.files
+    assert (entry.size, entry.sha256) == (len(content(7)), hashlib.sha256(content(7)).hexdigest())
+
+
+def test_the_newest_is_found_and_all_are_listed_newest_first(store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    for step in (10, 20, 1000):
+        save(store, fence, step)
+    assert found(store).manifest.step == 1000
+    assert steps(store) == [1000, 20, 10]
+
+
+def test_of_two_saves_of_a_step_the_later_is_found(store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    for n in range(6):
+        store.commit(fence, lambda f, n=n: f.write(b"save %d" % n), step=10, epoch=0, world_size=1)
+        assert found(store).path.read_bytes() == b"save %d" % n
+
+
+def test_large_content_written_in_many_pieces(store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+
+    def write(file: BinaryIO) -> None:
+        for n in range(300):
+            file.write(bytes([n % 256]) * (n * 50))
+
+    manifest = store.commit(fence, write, step=1, epoch=0, world_size=1)
+    assert manifest.size_bytes == sum(n * 50 for n in range(300))
+    assert found(store).manifest == manifest
+
+
+# --- take-over
+
+
+def test_a_new_attempt_goes_on_from_the_newest_and_names_it(store: CheckpointStore, open_again: Open) -> None:
+    _, first = take_over(store, attempt=0)
+    manifest = save(store, first, 10)
+    result, second = take_over(open_again(), attempt=1)
+    assert result is not None
+    assert result.manifest == manifest
+    assert (first.epoch, first.base_step) == (1, -1)
+    assert (second.epoch, second.base_step, second.attempt) == (2, 10, 1)
+
+
+def test_the_replaced_attempt_is_told_who_took_over(store: CheckpointStore, open_again: Open) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 10)
+    take_over(open_again(), attempt=1)
+    wrote = []
+    with pytest.raises(Fenced, match="attempt 1"):
+        store.commit(old, lambda f: wrote.append(f.write(b"x")), step=20, epoch=0, world_size=1)
+    assert wrote == []  # not before the state was written for nothing
+    with pytest.raises(Fenced, match="attempt 1"):
+        store.collect_garbage(old, keep_last=2)
+
+
+def test_what_a_replaced_attempt_publishes_late_is_ignored(store: CheckpointStore, open_again: Open) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 10)
+    save(store, old, 20)
+    new_store = open_again()
+    fences: list[Fence] = []
+
+    def taken_over_meanwhile(file: BinaryIO) -> None:
+        file.write(content(30))
+        fences.append(take_over(new_store, attempt=1)[1])
+
+    with pytest.raises(Fenced):
+        store.commit(old, taken_over_meanwhile, step=30, epoch=0, world_size=1)
+    result = found(new_store)
+    assert result.manifest.step == 20
+    assert "replaced" in result.skipped[0].reason
+    assert steps(new_store) == [20, 10]
+    save(new_store, fences[0], 25)
+    assert found(new_store).manifest.step == 25
+    assert steps(new_store) == [25, 20, 10]
+
+
+def test_an_attempt_that_never_committed_leaves_everything_as_it_was(store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 10)
+    for attempt in (1, 2, 3):
+        result, _ = take_over(open_again(), attempt=attempt)
+        assert result is not None
+        assert result.manifest.step == 10
+
+
+def test_a_restart_within_an_attempt_opens_an_epoch_too(store: CheckpointStore, open_again: Open) -> None:
+    _, first = take_over(store, attempt=0)
+    _, second = take_over(open_again(), attempt=0)
+    save(open_again(), second, 5)
+    with pytest.raises(Fenced):
+        save(store, first, 6)
+
+
+def test_an_older_attempt_that_starts_late_does_not_win(store: CheckpointStore, open_again: Open) -> None:
+    _, newer = take_over(store, attempt=1)
+    save(store, newer, 10)
+    with pytest.raises(Fenced, match="attempt 1"):
+        take_over(open_again(), attempt=0)
+    save(store, newer, 20)
+    assert found(open_again()).manifest.step == 20
+
+
+def test_a_claim_that_would_bury_newer_work_is_refused(store: CheckpointStore, open_again: Open) -> None:
+    _, old = take_over(store, attempt=0)
+    base = save(store, old, 10)
+    save(store, old, 20)
+    other = open_again()
+    for stale in (None, base):
+        with pytest.raises(CheckpointError, match="step 20"):
+            other.open_epoch(attempt=1, base=stale)
+    save(store, old, 30)  # the refused claims changed nothing
+    fence = other.open_epoch(attempt=1, base=base, discard_newer=True)  # what a rollback asks for
+    assert fence.base_step == 10
+    assert found(other).manifest == base
+
+
+def test_take_over_takes_what_was_committed_while_it_looked(store: CheckpointStore, open_again: Open) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 10)
+    new_store = open_again()
+    original, late = new_store.find, iter([20, 30])
+
+    def find_then_lose_a_race() -> Found | None:
+        result = original()
+        for step in late:
+            save(store, old, step)
+            break
+        return result
+
+    new_store.find = find_then_lose_a_race  # type: ignore[method-assign]
+    result, fence = take_over(new_store, attempt=1)
+    assert result is not None
+    assert result.manifest.step == fence.base_step == 30
+
+
+# --- damage
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove", "manifest", "manifest-gone"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_next_one_used(
+    store: CheckpointStore, open_again: Open, harm: str
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    good, bad = save(store, fence, 10), save(store, fence, 20)
+    manifest_path = bad.path.with_name(bad.name.manifest)
+    match harm:
+        case "flip":
+            damage(bad)
+        case "truncate":
+            bad.path.write_bytes(content(20)[:-1])
+        case "empty":
+            bad.path.write_bytes(b"")
+        case "remove":
+            bad.path.unlink()
+        case "manifest":
+            manifest_path.write_bytes(manifest_path.read_bytes()[:40])
+        case "manifest-gone":
+            manifest_path.unlink()
+    result = found(open_again())
+    assert result.manifest == good
+    if harm == "manifest-gone":  # then it was never committed
+        assert result.skipped == ()
+        return
+    [skipped] = result.skipped
+    assert skipped.path == bad.path
+    assert "corrupt" in skipped.reason
+    assert not manifest_path.exists()
+    assert not bad.path.exists()
+    assert manifest_path.with_name(manifest_path.name + ".corrupt").exists()
+    assert bad.path.with_name(bad.path.name + ".corrupt").exists() == (harm != "remove")
+    assert found(open_again()).skipped == ()  # reported once
+
+
+def test_any_number_of_damaged_ones_is_passed_over(store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    good = save(store, fence, 1)
+    for step in range(2, 7):
+        damage(save(store, fence, step))
+    result, _ = take_over(open_again(), attempt=1)
+    assert result is not None
+    assert result.manifest == good
+    assert [int(s.path.name[5:14]) for s in result.skipped] == [6, 5, 4, 3, 2]
+
+
+def test_when_all_are_damaged_nobody_starts_over_in_silence(store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    damage(save(store, fence, 10))
+    damage(save(store, fence, 20))
+    for _ in range(2):  # not in the next attempt either
+        with pytest.raises(CheckpointCorrupt, match="2 checkpoints") as caught:
+            take_over(open_again(), attempt=1)
+        assert caught.value.hint
+
+
+def test_the_attempt_whose_base_was_damaged_later_does_not_hide_older_ones(
+    store: CheckpointStore, open_again: Open
+) -> None:
+    _, first = take_over(store, attempt=0)
+    save(store, first, 100)
+    base = save(store, first, 120)
+    second_store = open_again()
+    take_over(second_store, attempt=1)  # goes on from 120 and dies before it commits
+    damage(base)
+    result, third = take_over(open_again(), attempt=2)
+    assert result is not None
+    assert result.manifest.step == third.base_step == 100
+
+
+def test_a_checkpoint_that_does_not_read_back_protects_the_older_ones(store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    saved = [save(store, fence, step) for step in (1, 2, 3, 4)]
+    damage(saved[-1])
+    with pytest.raises(CheckpointCorrupt, match="step 4"):
+        store.collect_garbage(fence, keep_last=2)
+    assert steps(store) == [3, 2, 1]
+    assert found(store).manifest.step == 3
+
+
+# --- failed saves
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_save_that_fails_leaves_the_previous_one_and_nothing_else(
+    store: CheckpointStore, open_again: Open, code: int
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    manifest = save(store, fence, 10)
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half of it")
+        raise OSError(code, "injected")
+
+    with pytest.raises(CheckpointError, match=errno.errorcode[code]) as caught:
+        store.commit(fence, fail, step=20, epoch=0, world_size=1)
+    assert not isinstance(caught.value, Fenced)
+    assert "stands" in (caught.value.hint or "")
+    assert found(open_again()).manifest == manifest
+    assert steps(store) == [10]
+    save(store, fence, 30)  # and the attempt can go on
+    assert found(open_again()).manifest.step == 30
+
+
+def test_an_error_of_the_serialiser_passes_through(store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 10)
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half of it")
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        store.commit(fence, fail, step=20, epoch=0, world_size=1)
+    assert steps(store) == [10]
+
+
+def test_an_empty_checkpoint_is_not_a_checkpoint(store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    with pytest.raises(CheckpointError, match="empty"):
+        store.commit(fence, lambda f: None, step=1, epoch=0, world_size=1)
+    assert store.find() is None
+
+
+# --- garbage
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "kept"), [(0, [5, 4]), (1, [5, 4]), (2, [5, 4]), (3, [5, 4, 3]), (9, [5, 4, 3, 2, 1])]
+)
+def test_the_newest_are_kept_and_never_fewer_than_two(store: CheckpointStore, keep_last: int, kept: list[int]) -> None:
+    _, fence = take_over(store, attempt=0)
+    saved = {step: save(store, fence, step) for step in range(1, 6)}
+    removed = store.collect_garbage(fence, keep_last=keep_last)
+    assert steps(store) == kept
+    expected = {name for step, m in saved.items() if step not in kept for name in (m.name.data, m.name.manifest)}
+    assert set(removed) == expected
+    assert not any(m.path.exists() for step, m in saved.items() if step not in kept)
+
+
+def test_what_a_replaced_attempt_left_is_swept_and_damaged_files_are_not(
+    store: CheckpointStore, open_again: Open
+) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 10)
+    bad = save(store, old, 20)
+    damage(bad)
+    new_store = open_again()
+    _, fence = take_over(new_store, attempt=1)
+    save(new_store, fence, 11)
+    save(new_store, fence, 12)
+    new_store.collect_garbage(fence, keep_last=2)
+    names = {path.name for path in bad.path.parent.iterdir()}
+    assert bad.name.data + ".corrupt" in names
+    assert not any(".e0001." in name and ".corrupt" not in name for name in names)
+    assert steps(new_store) == [12, 11]
+
+
+# --- addresses
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/prefix", "gs://b", "memory://x", "S3://b"])
+def test_other_stores_come_later(uri: str) -> None:
+    with pytest.raises(CheckpointError, match="later version"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("uri", ["", "file://host/path", "file://relative", "file:///a?b", "file:///a#b"])
+def test_addresses_that_mean_nothing_are_refused(uri: str) -> None:
+    with pytest.raises(CheckpointError):
+        open_store(uri)
+
+
+def test_a_path_is_made_absolute_and_nothing_is_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert open_store("a/b").uri == str(tmp_path / "a" / "b")
+    assert open_store("file:///x/a%20b").uri == "/x/a b"
+    assert list(tmp_path.iterdir()) == []
