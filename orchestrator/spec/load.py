@@ -199,7 +199,8 @@ def _lay_beneath(document: Document, site: SiteProfile) -> None:
             if isinstance(holder, dict) and holder.get(part) is None:
                 holder[part] = {}
             holder = holder[part] if isinstance(holder, dict) else None
-        if isinstance(holder, dict) and path[-1] not in holder:  # an explicit null in the spec means: without
+        absent = isinstance(holder, dict) and (path[-1] not in holder or (path == ("root",) and holder["root"] is None))
+        if absent:  # elsewhere an explicit null in the spec means: without
             holder[path[-1]] = value
             document.places[path] = document.key_places[path] = place
     container = document.value.get("container")
@@ -300,6 +301,7 @@ def _translated(detail: ErrorDetails, document: Document) -> list[Problem]:
 
 _EXPECTED = {
     "string_type": "text",
+    "string_unicode": "valid Unicode text",
     "int_type": "a whole number",
     "int_from_float": "a whole number",
     "int_parsing": "a whole number",

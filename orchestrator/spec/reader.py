@@ -51,6 +51,18 @@ class _Composer(_Loader):  # type: ignore[misc]
     """libyaml's parser with the scalar rules of YAML 1.2."""
 
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = _resolvers()
+    _depth = 0
+
+    # Called on the way down and up. libyaml's composer recurses on the C stack and knows no bound: `- - - - …` of some
+    # 30 000 dashes ends the process with a segmentation fault, not with an exception.
+    def descend_resolver(self, parent: yaml.Node | None, index: object) -> None:
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            mark = None if parent is None else parent.start_mark
+            raise yaml.composer.ComposerError(None, None, "too deeply nested", mark)
+
+    def ascend_resolver(self) -> None:
+        self._depth -= 1
 
 
 @dataclass
@@ -239,6 +251,8 @@ def parse_yaml(text: str, source: str, *, fixed: Place | None = None) -> Documen
 
 def _broken(error: yaml.MarkedYAMLError) -> str:
     problem = error.problem or "cannot be read"
+    if problem == "too deeply nested":
+        return problem
     context = f" ({error.context})" if error.context else ""
     if "character that cannot start any token" in problem:
         return f"not valid YAML: {problem}{context}; a tab in the indentation, or text that needs quotes"
