@@ -247,7 +247,7 @@ def _stat(top: Path, name: str, names: set[str]) -> tuple[str, Path, os.stat_res
 
 def _stat_link(top: Path, name: str, names: set[str], status: os.stat_result) -> tuple[str, Path, os.stat_result]:
     target = Path(os.path.realpath(top / name))
-    inside = _below(target, top)
+    inside = "." if target == Path(os.path.realpath(top)) else _below(target, top)
     if inside in names or not target.exists():
         return name, top / name, status
     followed = target.stat()
@@ -301,7 +301,8 @@ def _relative_target(top: Path, name: str, link: Path) -> str:
     folder = posixpath.dirname(name)
     if not text.startswith("/") and not posixpath.normpath(posixpath.join(folder, text)).startswith(".."):
         return text
-    inside = _below(Path(os.path.realpath(link)), top)
+    real = Path(os.path.realpath(link))
+    inside = "." if real == Path(os.path.realpath(top)) else _below(real, top)
     return text if inside is None else posixpath.relpath(inside, folder or ".")
 
 
