@@ -9,13 +9,16 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
 from orchestrator.errors import BackendError, RegistryError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
-from orchestrator.plan import Plan
 from orchestrator.worker.agent import local_job_id, process_identity
+
+if TYPE_CHECKING:
+    from orchestrator.plan import Plan
 
 _START_S = 30.0
 _POLL_S = 0.02

@@ -1,9 +1,4 @@
-"""Slurm: our rendered script and sbatch; submitit's job handles and batched watcher, with our own rule for endings.
-
-submitit's watcher asks sacct without a deadline, which prints errors and stays UNKNOWN for ever on a cluster without
-slurmdbd; so the question, its reading and the rule are replaced: *seen, then missing → ended (the run directory says
-how); never seen → unknown*.
-"""
+"""Slurm: our rendered script given to sbatch exactly once; squeue and scancel behind deadlines."""
 
 from __future__ import annotations
 
@@ -11,9 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+from typing import TYPE_CHECKING
 
 from orchestrator.backends import squeue
 from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
@@ -21,6 +14,7 @@ from orchestrator.backends.process import CommandMissing, Finished, Runner, run_
 from orchestrator.errors import BackendError, SchedulerUnavailable
 
 if TYPE_CHECKING:
+    from orchestrator.backends.handles import QueueWatcher, TrackedJob
     from orchestrator.plan import Plan
 
 SUBMIT_TIMEOUT_S = 60.0  # sbatch waits up to MessageTimeout × retries of a busy slurmctld
@@ -40,7 +34,10 @@ _AMBIGUOUS = (
 
 # Words of sbatch → what the person can do.
 _HINTS = (
-    ("nvalid account", "slurm.account: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours"),
+    (
+        "nvalid account",
+        "slurm.account: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours",
+    ),
     ("artition", "slurm.partition: `sinfo -o %P` lists the partitions; this cluster has: {partitions}"),
     ("qos", "slurm.qos: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours"),
     ("QOS", "slurm.qos: `sacctmgr show associations user=$USER format=account,partition,qos` lists yours"),
@@ -51,68 +48,9 @@ _HINTS = (
     ("node count", "resources.nodes: `sinfo -o '%P %D'` lists the nodes of each partition"),
     ("emory", "resources.mem: `sinfo -o '%P %m'` lists the memory of the nodes (MiB)"),
     ("rror: unrecognized option", "slurm.extra_sbatch: this Slurm does not know the option"),
+    ("configuration file", "this machine has no working slurm.conf: use a login node, or point SLURM_CONF at the file"),
     ("dependency", "slurm.dependency: the job it names is not known to Slurm"),
 )
-
-
-class QueueWatcher(SlurmInfoWatcher):
-    """submitit's batched watcher (one question for all registered jobs, backing off), asking in our way."""
-
-    def __init__(self, run: Runner, delay_s: int = 60) -> None:
-        super().__init__(delay_s=delay_s)
-        self._run = run
-        self._latest: dict[str, JobStatus] = {}
-
-    def _make_command(self) -> list[str] | None:
-        return squeue.squeue_command(self._registered) if self._registered else None
-
-    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
-        """submitit's shape of an answer: job id → {"State", "NodeList"}."""
-        text = string.decode(errors="replace") if isinstance(string, bytes) else string
-        return {job_id: _submitit_row(status) for job_id, status in squeue.read_squeue(text).items()}
-
-    def update(self) -> None:
-        """Ask about every registered job now; bounded by a deadline. Raises SchedulerUnavailable."""
-        if not self._registered:
-            return
-        self._num_calls += 1
-        answered = squeue.ask(self._run, sorted(self._registered))
-        self._last_status_check = time.time()
-        gone = {job_id for job_id in self._latest if job_id not in answered}
-        # Seen, then missing: it has ended. Nothing is cached as finished: a requeue brings a job back to life.
-        self._latest.update({job_id: _gone(self._latest[job_id]) for job_id in gone})
-        self._latest.update(answered)
-        self._info_dict = {job_id: _submitit_row(status) for job_id, status in self._latest.items()}
-
-    def get_state(self, job_id: str, mode: str = "standard") -> str:
-        """PENDING, RUNNING, COMPLETING, ENDED, or UNKNOWN for a job that was never seen."""
-        self.get_info(job_id, mode=mode)
-        return self.status(job_id).state.name
-
-    def is_done(self, job_id: str, mode: str = "standard") -> bool:
-        """True once the job was seen and has ended; an unknown job is never done."""
-        return self.get_state(job_id, mode=mode) == SchedulerState.ENDED.name
-
-    def status(self, job_id: str) -> JobStatus:
-        """The latest answer about a job, without asking."""
-        return self._latest.get(job_id, JobStatus(SchedulerState.UNKNOWN))
-
-
-class TrackedJob(SlurmJob[Any]):
-    """A submitit job handle on a job that `orch` submitted; results are files in the run directory, not pickles."""
-
-    def __init__(self, folder: Path | str, job_id: str, *, watcher: QueueWatcher, run: Runner) -> None:
-        self.watcher = watcher  # before super().__init__, which registers the job there
-        self._run = run
-        super().__init__(folder=folder, job_id=job_id)
-
-    def cancel(self, check: bool = True) -> None:
-        """scancel, bounded by a deadline (submitit's has none); a job that has ended is fine."""
-        _control(self._run, ["scancel", self.job_id], check=check)
-
-    def done(self, force_check: bool = False) -> bool:
-        """True once the scheduler has let go of the job."""
-        return bool(self.watcher.is_done(self.job_id, mode="force" if force_check else "standard"))
 
 
 class SlurmBackend:
@@ -123,7 +61,8 @@ class SlurmBackend:
     def __init__(self, *, run: Runner = run_command, sleep: Callable[[float], None] = time.sleep) -> None:
         self._run = run
         self._sleep = sleep
-        self._watcher = QueueWatcher(run)
+        self._book = squeue.StatusBook(run)
+        self._watcher: QueueWatcher | None = None
 
     def submit(self, plan: Plan, *, environ: Mapping[str, str]) -> JobHandle:
         """sbatch the script in the run directory. Blocks; a time-out is resolved by looking for the token."""
@@ -220,19 +159,21 @@ class SlurmBackend:
         return found[0]
 
     def job(self, handle: JobHandle, folder: Path | str = ".") -> TrackedJob:
-        """submitit's handle on the job, sharing this backend's watcher."""
-        return TrackedJob(folder, handle.job_id, watcher=self._watcher, run=self._run)
+        """submitit's handle on the job; all handles of this backend share one batched watcher."""
+        from orchestrator.backends.handles import QueueWatcher, TrackedJob  # 100 ms that `orch status` need not pay
+
+        if self._watcher is None:
+            self._watcher = QueueWatcher(self._book)
+        return TrackedJob(folder, handle.job_id, watcher=self._watcher, stop=lambda: self.cancel(handle))
 
     def poll(self, handles: Sequence[JobHandle]) -> dict[JobHandle, JobStatus]:
         """One squeue (and one sacct for what squeue forgot) for all handles."""
-        for handle in handles:
-            self.job(handle)
-        self._watcher.update_if_long_enough("force")
-        return {handle: self._watcher.status(handle.job_id) for handle in handles}
+        self._book.update({handle.job_id for handle in handles})
+        return {handle: self._book.status(handle.job_id) for handle in handles}
 
     def cancel(self, handle: JobHandle) -> None:
         """scancel; a job that has ended or is unknown is not an error."""
-        self.job(handle).cancel()
+        _control(self._run, ["scancel", handle.job_id])
 
     def signal(self, handle: JobHandle, signal: str) -> None:
         """scancel --signal to every step of the job: the agents on its nodes hand it on to the processes."""
@@ -242,10 +183,10 @@ class SlurmBackend:
                 f"job {handle.job_id} is not running (Slurm: {status.state.value})",
                 hint="a signal needs a running job; `orch status` shows where it is",
             )
-        _control(self._run, ["scancel", f"--signal={signal}", handle.job_id], check=True)
+        _control(self._run, ["scancel", f"--signal={signal}", handle.job_id])
 
 
-def _control(run: Runner, command: Sequence[str], *, check: bool) -> None:
+def _control(run: Runner, command: Sequence[str]) -> None:
     """scancel with one retry; "invalid job id" and "already completed" mean there is nothing left to do."""
     try:
         answer = run(command, timeout_s=squeue.QUESTION_TIMEOUT_S)
@@ -254,7 +195,7 @@ def _control(run: Runner, command: Sequence[str], *, check: bool) -> None:
     except CommandMissing as error:
         raise BackendError(error.message, hint="run this on a login node of the cluster") from None
     ended = ("Invalid job id", "already completing or completed")
-    if check and answer.returncode != 0 and not any(phrase in answer.stderr for phrase in ended):
+    if answer.returncode != 0 and not any(phrase in answer.stderr for phrase in ended):
         raise BackendError(
             f"scancel: {scheduler_words(answer.stderr) or f'exit code {answer.returncode}'}",
             hint="`squeue --me` shows the job; the request can be repeated",
@@ -279,15 +220,6 @@ def scheduler_words(text: str) -> str:
     """Slurm's own sentence without its prefixes, the last (most general) line last."""
     lines = [line.split("error:", 1)[-1].strip() for line in text.splitlines() if line.strip()]
     return "; ".join(dict.fromkeys(line for line in lines if line))
-
-
-def _submitit_row(status: JobStatus) -> dict[str, str]:
-    return {"State": status.state.name, "NodeList": ",".join(status.nodes), "Reason": status.reason}
-
-
-def _gone(last: JobStatus) -> JobStatus:
-    reason = last.reason if last.state is SchedulerState.ENDED else ""
-    return JobStatus(SchedulerState.ENDED, reason, last.nodes, last.start, last.end)
 
 
 def _numeric(job_id: str) -> tuple[int, ...]:

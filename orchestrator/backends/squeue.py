@@ -119,6 +119,31 @@ def ask(run: Runner, job_ids: Sequence[str]) -> dict[str, JobStatus]:
     return found
 
 
+class StatusBook:
+    """Latest answers, and the rule: *seen, then missing → ended; never seen → unknown* (FACTS 7)."""
+
+    def __init__(self, run: Runner) -> None:
+        self._run = run
+        self._latest: dict[str, JobStatus] = {}
+
+    def update(self, job_ids: Iterable[str]) -> None:
+        """Ask about these jobs now. Raises SchedulerUnavailable."""
+        wanted = sorted(set(job_ids))
+        answered = ask(self._run, wanted)
+        gone = [job_id for job_id in wanted if job_id in self._latest and job_id not in answered]
+        self._latest.update({job_id: _ended(self._latest[job_id]) for job_id in gone})
+        self._latest.update(answered)
+
+    def status(self, job_id: str) -> JobStatus:
+        """The latest answer about a job, without asking."""
+        return self._latest.get(job_id, JobStatus(SchedulerState.UNKNOWN))
+
+
+def _ended(last: JobStatus) -> JobStatus:
+    reason = last.reason if last.state is SchedulerState.ENDED else ""
+    return JobStatus(SchedulerState.ENDED, reason, last.nodes, last.start, last.end)
+
+
 def _ask_accounting(run: Runner, job_ids: Sequence[str]) -> dict[str, JobStatus]:
     """Records of jobs that have left slurmctld's memory; empty where there is no accounting database."""
     try:
