@@ -17,7 +17,7 @@ USER = "mysql"
 
 
 def database(directory: Path, port: int, env: Mapping[str, str]) -> Service:
-    """mariadbd in its own data directory with the account that slurmdbd uses; its tables are created here (blocks ~2 s)."""
+    """mariadbd in its own data directory, with the account that slurmdbd uses; creates the system tables (~1 s)."""
     home = directory / "mysql"
     home.mkdir(mode=0o700)
     shutil.chown(home, USER, USER)

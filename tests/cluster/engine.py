@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import secrets
-import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.cluster.service import ClusterError, Service, call
+from tests.cluster.service import Service, call
 
 
 def engine(directory: Path, bridge: str, env: Mapping[str, str], *, driver: str | None = None) -> Service:
@@ -18,7 +16,8 @@ def engine(directory: Path, bridge: str, env: Mapping[str, str], *, driver: str 
     argv = [
         "dockerd", f"--host={env['DOCKER_HOST']}", f"--data-root={directory}/docker", f"--exec-root={directory}/dexec",
         f"--pidfile={directory}/dockerd.pid", f"--bridge={bridge}", "--iptables=false", "--ip6tables=false",
-        "--ip-forward=false", "--ip-masq=false", "--userland-proxy=false", "--shutdown-timeout=3", f"--config-file={directory}/dockerd.json",
+        "--ip-forward=false", "--ip-masq=false", "--userland-proxy=false", "--shutdown-timeout=3",
+        f"--config-file={directory}/dockerd.json",
     ]  # fmt: skip
     if driver:
         argv.append(f"--storage-driver={driver}")
@@ -27,10 +26,12 @@ def engine(directory: Path, bridge: str, env: Mapping[str, str], *, driver: str 
         argv=argv,
         env=env,
         log=directory / "log" / "dockerd.log",
-        ready=lambda: subprocess.run(
-            ["docker", "version"], env=dict(env), capture_output=True, timeout=10, check=False
-        ).returncode
-        == 0,
+        ready=lambda: (
+            subprocess.run(
+                ["docker", "version"], env=dict(env), capture_output=True, timeout=10, check=False
+            ).returncode
+            == 0
+        ),
         timeout=60,
     )
 
@@ -52,23 +53,3 @@ def remove_bridge(name: str, env: Mapping[str, str]) -> None:
     """Delete the bridge; silent when it is already gone."""
     if Path("/sys/class/net", name).exists():
         call(["ip", "link", "delete", name], env=env, timeout=10)
-
-
-def remove_shim_sockets(directory: Path) -> None:
-    """Delete what containerd's shims leave in the one directory that they share with every other engine."""
-    shared = Path("/run/containerd/s")
-    known = directory / "shims"
-    if not known.exists() or not shared.exists():
-        return
-    before = set(known.read_text().split())
-    for path in shared.iterdir():
-        if path.name not in before and path.is_socket() and not _listening(path):
-            path.unlink(missing_ok=True)
-
-
-def _listening(path: Path) -> bool:
-    """True while some process has the socket open (as the kernel lists it)."""
-    try:
-        return str(path) in Path("/proc/net/unix").read_text()
-    except OSError as error:
-        raise ClusterError(f"cannot read the list of sockets: {error}") from error

@@ -1,7 +1,7 @@
-"""The pinned image for the tests, built without a hub: debootstrap → docker import → docker build --network none → docker save.
+"""The pinned image for the tests, without a hub: debootstrap → docker import → docker build without network → save.
 
-What it costs to make (base system, wheels, image) is kept below the cache directory, each under the hash of its inputs and
-published by one rename, so an interrupted build is never mistaken for a finished one.
+What is costly to make (base system, wheels, image) is kept below the cache directory, each under the hash of its inputs
+and published by one rename, so an interrupted build is never mistaken for a finished one.
 """
 
 from __future__ import annotations
@@ -26,7 +26,13 @@ _PACKAGES = "python3,python3-venv"
 _RECIPE = "1"  # counts up when the way the image is built changes without a change of its files
 _TIMEOUT_S = 1800
 # Nothing in a container reads these, and they are a third of the base system.
-_LEAVE_OUT = ("./var/cache/apt/*", "./var/lib/apt/lists/*", "./usr/share/doc/*", "./usr/share/man/*", "./usr/share/locale/*")
+_LEAVE_OUT = (
+    "./var/cache/apt/*",
+    "./var/lib/apt/lists/*",
+    "./usr/share/doc/*",
+    "./usr/share/man/*",
+    "./usr/share/locale/*",
+)
 
 
 def cache_directory() -> Path:
@@ -37,7 +43,7 @@ def cache_directory() -> Path:
 
 
 def ensure_image(env: Mapping[str, str]) -> str:
-    """Load the image into the engine of `env`, building it first where the cache has none; returns `sha256:…` (its id)."""
+    """Load the image into the engine of `env`, built first where the cache has none; returns its id `sha256:…`."""
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     archive = cache / f"image-{_key('image')}.tar"
@@ -93,19 +99,22 @@ def _apt_sources() -> Iterator[tuple[str, list[str], list[str], str | None]]:
             if fields.get("types", "").split()[:1] == ["deb"] and fields.get("enabled", "yes") != "no":
                 keyring = fields.get("signed-by", "")
                 for mirror in fields.get("uris", "").split():
-                    yield mirror, fields.get("suites", "").split(), fields.get("components", "").split(), (
-                        keyring if keyring.startswith("/") else None
+                    yield (
+                        mirror,
+                        fields.get("suites", "").split(),
+                        fields.get("components", "").split(),
+                        (keyring if keyring.startswith("/") else None),
                     )
-    for file in [root / "sources.list", *sorted((root / "sources.list.d").glob("*.list"))]:
-        for line in file.read_text().splitlines() if file.exists() else []:
+    for listing in [root / "sources.list", *sorted((root / "sources.list.d").glob("*.list"))]:
+        for line in listing.read_text().splitlines() if listing.exists() else []:
             words = line.partition("#")[0].replace("[", " [ ").replace("]", " ] ").split()
             if words[:1] != ["deb"]:
                 continue
             options = words[words.index("[") + 1 : words.index("]")] if "[" in words else []
             rest = words[words.index("]") + 1 :] if "]" in words else words[1:]
-            keyring = next((o.partition("=")[2] for o in options if o.startswith("signed-by=/")), None)
+            signed_by = next((o.partition("=")[2] for o in options if o.startswith("signed-by=/")), None)
             if len(rest) >= 3:
-                yield rest[0], [rest[1]], rest[2:], keyring
+                yield rest[0], [rest[1]], rest[2:], signed_by
 
 
 def _deb822(stanza: str) -> Iterator[tuple[str, str]]:
@@ -146,13 +155,23 @@ def _ensure_base(cache: Path) -> Path:
     root = Path(tempfile.mkdtemp(prefix="tmp-root-", dir=cache))
     options = [f"--keyring={keyring}"] if keyring else []
     _long(
-        ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", *options, suite, str(root), mirror], env=os.environ
+        ["debootstrap", "--variant=minbase", f"--include={_PACKAGES}", *options, suite, str(root), mirror],
+        env=os.environ,
     )
     partial = cache / f"tmp-{target.name}"
     # --one-file-system: debootstrap mounts proc and sys inside the new root while it works.
     leave_out = [f"--exclude={pattern}" for pattern in _LEAVE_OUT]
     _long(
-        ["tar", "--create", "--one-file-system", "--numeric-owner", *leave_out, f"--file={partial}", f"--directory={root}", "."],
+        [
+            "tar",
+            "--create",
+            "--one-file-system",
+            "--numeric-owner",
+            *leave_out,
+            f"--file={partial}",
+            f"--directory={root}",
+            ".",
+        ],
         env=os.environ,
     )
     remove_tree(root)

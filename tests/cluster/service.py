@@ -115,14 +115,19 @@ class Service:
         """Spawn it; does not wait until it answers."""
         if self.pid is not None:
             return
-        # pdeathsig: the daemon ends even when this process is killed outright. It is set by setpriv *after* the change of
-        # user, which would clear it; preexec_fn would be unsafe beside threads.
+        # pdeathsig: the daemon ends even when this process is killed outright. setpriv sets it *after* the change of
+        # user, which would clear it.
         prefix = ["setpriv", "--pdeathsig", "TERM"]
         if self.user:
             prefix += ["--reuid", self.user, "--regid", self.user, "--init-groups"]
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*prefix, "--", *self.argv], env=dict(self.env), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/"
+                [*prefix, "--", *self.argv],
+                env=dict(self.env),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd="/",
             )
 
     def wait_ready(self) -> None:
@@ -211,7 +216,8 @@ def end_descendants(*, timeout: float = 10, keep: Iterable[int] = ()) -> None:
 def unmount_below(directory: Path) -> None:
     """Undo every mount below `directory`, deepest first (an engine that was killed leaves its overlays mounted)."""
     prefix = f"{directory}/"
-    points = [line.split()[4].encode().decode("unicode_escape") for line in Path("/proc/self/mountinfo").open()]
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    points = [line.split()[4].encode().decode("unicode_escape") for line in lines]
     for point in sorted((p for p in points if p.startswith(prefix)), key=len, reverse=True):
         call(["umount", "--lazy", point], env=os.environ, timeout=10)
 

@@ -135,8 +135,10 @@ def node(directory: Path, name: str, env: Mapping[str, str]) -> Service:
         argv=["slurmd", "-D", "-N", name],
         env=env,
         log=directory / "log" / f"{name}.out",
-        ready=lambda: _output(["sinfo", "-h", "-n", name, "-o", "%t"], env).split()[:1]
-        in (["idle"], ["mix"], ["alloc"], ["comp"]),
+        ready=lambda: (
+            _output(["sinfo", "-h", "-n", name, "-o", "%t"], env).split()[:1]
+            in (["idle"], ["mix"], ["alloc"], ["comp"])
+        ),
         timeout=60,
     )
 

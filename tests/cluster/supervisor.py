@@ -1,4 +1,4 @@
-"""The process that owns the cluster: parent of every daemon, reachable through one socket, ends everything when it ends.
+"""The process that owns the cluster: parent of every daemon, reachable through one socket, ends all when it ends.
 
 It is a process of its own, so that the cluster dies with pytest however pytest dies: its standard input is a leash.
 Requests are one JSON line each on `<directory>/control`: {"op": "status" | "start" | "stop", "name": …, "signal": …}.
@@ -25,6 +25,8 @@ from tests.cluster.service import (
     Service,
     adopt_orphans,
     call,
+    children_by_parent,
+    descendants,
     end_descendants,
     free_port,
     reap,
@@ -87,9 +89,7 @@ class Supervisor:
         database_port, dbd_port = free_port(ports), free_port(ports)
         self._up(database.database(self.directory, database_port, self.env))
         # slurmdbd reads the location of its own file from that of slurm.conf, which need not exist yet.
-        self._up(
-            database.accounting(self.directory, port=dbd_port, database_port=database_port, env=self.env)
-        )
+        self._up(database.accounting(self.directory, port=dbd_port, database_port=database_port, env=self.env))
         return dbd_port
 
     def _register_cluster(self) -> None:
@@ -155,8 +155,6 @@ class Supervisor:
 
 def engine_processes(roots: list[int]) -> list[int]:
     """Everything below the daemons that are still up, and the container shims that have detached from theirs."""
-    from tests.cluster.service import children_by_parent, descendants
-
     found = [pid for root in roots for pid in descendants(root)]
     for pid in children_by_parent().get(os.getpid(), []):
         with suppress(OSError):

@@ -1,0 +1,61 @@
+"""Fixtures of the real cluster. `cluster` is one per test run; afterwards every test leaves it idle again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.handle import Cluster
+from tests.cluster.requirements import why_not
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything below this folder is marked `cluster`; under xdist it stays in one worker (`--dist loadgroup`)."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
+@pytest.fixture(scope="session")
+def cluster_session() -> Iterator[Cluster]:
+    """The cluster itself: the one that ORCH_TEST_CLUSTER names (a directory), else a new one that ends with the run."""
+    if named := os.environ.get("ORCH_TEST_CLUSTER"):
+        yield Cluster.attach(Path(named))
+        return
+    if reason := why_not():
+        pytest.skip(reason)
+    started = Cluster.start()
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+@pytest.fixture
+def cluster(cluster_session: Cluster) -> Iterator[Cluster]:
+    """An idle cluster with slurmdbd, dockerd and the image; the test's jobs and containers are removed after it."""
+    yield cluster_session
+    cluster_session.tidy()
+
+
+@pytest.fixture(scope="session")
+def _plain_session() -> Iterator[Cluster]:
+    if reason := why_not():
+        pytest.skip(reason)
+    started = Cluster.start("--no-accounting", "--no-docker")
+    try:
+        yield started
+    finally:
+        started.end()
+
+
+@pytest.fixture
+def cluster_without_accounting(_plain_session: Cluster) -> Iterator[Cluster]:
+    """An idle second cluster without slurmdbd (sacct fails there) and without an engine; up in about two seconds."""
+    yield _plain_session
+    _plain_session.tidy()

@@ -1,0 +1,229 @@
+"""What a test holds in its hand: a running cluster, its commands with deadlines, its daemons by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tests.cluster.service import ClusterError, wait_for
+
+T = TypeVar("T")
+_REPOSITORY = Path(__file__).resolve().parents[2]
+_START_TIMEOUT_S = 1500  # the first start on a machine builds the image
+# States in which a job has left the queue for good.
+FINAL = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "DEADLINE",
+    "BOOT_FAIL",
+    "PREEMPTED",
+)
+
+
+class Cluster:
+    """A running cluster. Every method has a deadline; errors are ClusterError with what the command said."""
+
+    def __init__(self, description: Mapping[str, Any], process: subprocess.Popen[str] | None = None) -> None:
+        self.directory = Path(description["directory"])
+        self.nodes: tuple[str, ...] = tuple(description["nodes"])
+        self.accounting: bool = description["accounting"]
+        self.image: str | None = description["image"]
+        self.overrides: dict[str, str] = dict(description["env"])
+        self._process = process
+
+    @classmethod
+    def start(cls, *options: str) -> Cluster:
+        """Start a cluster that ends with this process; `options` as in `python -m tests.cluster.supervisor --help`."""
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.cluster.supervisor", "--leash", *options],
+            cwd=_REPOSITORY,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,  # Ctrl-C reaches only pytest, which then lets go of the leash
+        )
+        assert process.stdout is not None
+        ready, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
+        line = process.stdout.readline() if ready else ""
+        description = json.loads(line) if line else {"error": f"no word from the supervisor (code {process.poll()})"}
+        if "error" in description:
+            _let_go(process)
+            raise ClusterError(description["error"])
+        return cls(description, process)
+
+    @classmethod
+    def attach(cls, directory: Path) -> Cluster:
+        """The cluster that `make cluster` started in `directory`; `end` leaves it running."""
+        return cls(json.loads((directory / "cluster.json").read_text()))
+
+    def end(self) -> None:
+        """End it and everything it started; blocks until nothing is left."""
+        if self._process is not None:
+            _let_go(self._process)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """This process's environment with the cluster's variables: pass it to whatever shall talk to the cluster."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_", "DOCKER_", "ORCH_"))}
+        return {**inherited, **self.overrides}
+
+    def run(
+        self,
+        *argv: str,
+        timeout: float = 30,
+        check: bool = True,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+        user: str | None = None,
+        stdin: str | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a command against the cluster, as `user` (a name of this machine) if given."""
+        prefix = ["setpriv", "--reuid", user, "--regid", user, "--init-groups", "--"] if user else []
+        try:
+            done = subprocess.run(
+                [*prefix, *argv],
+                env={**self.env, **(env or {})},
+                input=stdin,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                cwd=cwd,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ClusterError(
+                f"no answer within {timeout:g} s: {' '.join(argv)}\n{error.stdout!r} {error.stderr!r}"
+            ) from error
+        if check and done.returncode != 0:
+            raise ClusterError(f"{' '.join(argv)} ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+        return done
+
+    def sbatch(self, *options: str, wrap: str | None = None, cwd: Path | None = None) -> str:
+        """Submit and return the job id; `options` as of sbatch, a script and its arguments last.
+
+        100 MB unless they say otherwise: without `--mem` a job takes the whole memory of its nodes.
+        """
+        wrapped = [f"--wrap={wrap}"] if wrap is not None else []
+        defaults = ["--parsable", "--output=/dev/null", "--mem=100M"]
+        out = self.run("sbatch", *defaults, *wrapped, *options, cwd=cwd)
+        return out.stdout.strip().partition(";")[0]
+
+    def preempt(self, *, nodes: int = 3, seconds: float = 3) -> str:
+        """Submit a job of higher priority that needs `nodes` whole nodes for `seconds`; returns its id."""
+        return self.sbatch(
+            "--partition=high", f"--nodes={nodes}", "--exclusive", "--mem=0", "--time=5", wrap=f"sleep {seconds}"
+        )
+
+    def job(self, job_id: str) -> dict[str, str]:
+        """Fields of `scontrol show job` (an array: of its first element); empty when Slurm has forgotten it."""
+        done = self.run("scontrol", "show", "job", "--oneliner", job_id, check=False)
+        first = done.stdout.splitlines()[0] if done.returncode == 0 and done.stdout else ""
+        return {key: value for key, _, value in (word.partition("=") for word in first.split()) if value}
+
+    def state(self, job_id: str) -> str:
+        """JobState of a job, empty when unknown."""
+        return self.job(job_id).get("JobState", "")
+
+    def wait_state(self, job_id: str, *states: str, timeout: float = 60) -> dict[str, str]:
+        """Fields of the job once it is in one of `states`; fails early when it has ended in another."""
+
+        def probe() -> dict[str, str] | None:
+            job = self.job(job_id)
+            state = job.get("JobState", "")
+            if state in FINAL and state not in states:
+                raise ClusterError(f"job {job_id} ended as {state}, not {'/'.join(states)}: {job}")
+            return job if state in states else None
+
+        try:
+            return self.wait(f"job {job_id} to be {'/'.join(states)}", probe, timeout=timeout) or {}
+        except ClusterError as error:
+            raise ClusterError(f"{error}; it is: {self.job(job_id)}") from None
+
+    def wait_end(self, job_id: str, *, timeout: float = 120) -> str:
+        """Final state of a job."""
+        return self.wait_state(job_id, *FINAL, timeout=timeout)["JobState"]
+
+    def wait(self, what: str, probe: Callable[[], T], *, timeout: float = 30, interval: float = 0.2) -> T:
+        """The first truthy value of `probe` (see `service.wait_for`)."""
+        return wait_for(what, probe, timeout=timeout, interval=interval)
+
+    def containers(self, *filters: str) -> list[str]:
+        """Ids of the engine's containers, running or not; `filters` as of `docker ps --filter`."""
+        return self.run("docker", "ps", "--all", "--quiet", *(f"--filter={f}" for f in filters)).stdout.split()
+
+    def pid(self, daemon: str) -> int | None:
+        """Process id of a daemon (munged, mariadbd, slurmdbd, slurmctld, n1 … n3, dockerd), None while it is down."""
+        pid = self._ask(op="status")["pids"][daemon]
+        return None if pid is None else int(pid)
+
+    def stop(self, daemon: str, *, signal: str = "SIGTERM") -> None:
+        """End one daemon (SIGKILL: as in a crash) and wait until it is gone. Jobs of a slurmd live on."""
+        self._ask(op="stop", name=daemon, signal=signal)
+
+    def start_daemon(self, daemon: str) -> None:
+        """Start a daemon that was stopped and wait until it answers."""
+        self._ask(op="start", name=daemon)
+
+    def tidy(self) -> None:
+        """Bring the cluster back to idle: daemons up, queue empty, nodes usable, no container left."""
+        for name, pid in self._ask(op="status")["pids"].items():
+            if pid is None:
+                self.start_daemon(name)
+        ids = self.run("squeue", "--noheader", "--format=%A").stdout.split()
+        if ids:
+            self.run("scancel", *ids, timeout=60, check=False)  # one that ends by itself meanwhile is no failure
+        self.wait("the queue to be empty", lambda: not self.run("squeue", "--noheader").stdout.strip(), timeout=60)
+        self.wait("all nodes to be idle", self._all_idle, timeout=60)
+        if "DOCKER_HOST" in self.overrides and (left := self.containers()):
+            self.run("docker", "rm", "--force", *left, timeout=60)
+
+    def _all_idle(self) -> bool:
+        states = dict(
+            line.split() for line in self.run("sinfo", "-hN", "-p", "high", "-o", "%N %T").stdout.splitlines()
+        )
+        for name, state in states.items():
+            if state.startswith(("down", "drain")):
+                self.run("scontrol", "update", f"nodename={name}", "state=resume", check=False)
+        return all(states.get(name) == "idle" for name in self.nodes)
+
+    def _ask(self, **request: Any) -> dict[str, Any]:
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.settimeout(90)
+            connection.connect(str(self.directory / "control"))
+            with connection.makefile("rw") as stream:
+                stream.write(json.dumps(request) + "\n")
+                stream.flush()
+                answer: dict[str, Any] = json.loads(stream.readline())
+        if "error" in answer:
+            raise ClusterError(f"{request}: {answer['error']}")
+        return answer
+
+
+def _let_go(process: subprocess.Popen[str]) -> None:
+    """Close the leash and wait until the supervisor has cleared up."""
+    assert process.stdin is not None and process.stdout is not None
+    process.stdin.close()
+    try:
+        process.wait(60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise ClusterError("the cluster did not end within 60 s of being told to; it was killed") from None
+    finally:
+        process.stdout.close()
+
+
+def show_environment(cluster: Cluster) -> str:
+    """Lines that make a shell talk to this cluster."""
+    return "".join(f"export {key}={value}\n" for key, value in cluster.overrides.items())
