@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.models import RESERVED_TOP_KEYS, JobSpec
+from orchestrator.spec.models import ARGUMENT_NAME, ENV_NAME, RESERVED_TOP_KEYS, JobSpec
 from orchestrator.spec.problems import KeyPath, Place, Problem, Refusal, did_you_mean, error_of, kind_of, shown
 from orchestrator.spec.reader import Document, parse_yaml, read_yaml
 from orchestrator.spec.site import SiteProfile, resolve_root
@@ -410,5 +410,19 @@ def dump_spec(spec: JobSpec) -> str:
 
 def json_schema() -> dict[str, Any]:
     """The JSON Schema (draft 2020-12) of a spec file, for editors."""
-    schema = JobSpec.model_json_schema()
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "orch spec"}
+    schema: dict[str, Any] = _without_titles(JobSpec.model_json_schema())
+    schema["properties"]["env"]["additionalProperties"] = {"type": ["string", "number", "boolean"]}  # as written
+    schema["properties"]["env"]["propertyNames"] = {"pattern": f"^{ENV_NAME.pattern}$"}
+    schema["$defs"]["Job"]["properties"]["args"]["propertyNames"] = {"pattern": f"^{ARGUMENT_NAME.pattern}$"}
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "orch spec", **schema}
+
+
+def _without_titles(schema: Any) -> Any:
+    """pydantic's titles repeat the names of the keys (a property of that name, a mapping, stays)."""
+    if isinstance(schema, dict):
+        return {
+            key: _without_titles(value)
+            for key, value in schema.items()
+            if not (key == "title" and isinstance(value, str))
+        }
+    return [_without_titles(item) for item in schema] if isinstance(schema, list) else schema

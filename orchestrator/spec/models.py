@@ -22,12 +22,12 @@ from pydantic import (
 
 from orchestrator.spec.images import image_refusal
 from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
-from orchestrator.spec.sbatch_options import normal_name, refusal
+from orchestrator.spec.sbatch_options import normal_name, owned_by_step, refusal
 from orchestrator.spec.units import Duration, Memory, WallTime
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-_ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_ARG_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+ARGUMENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _LONGEST = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN, one argument or NAME=value, with its final NUL
 
 
@@ -193,7 +193,7 @@ class Job(_Section):
     @classmethod
     def _arguments(cls, value: dict[str, Any]) -> dict[str, Any]:
         what = "an argument's name has letters, digits, `_`, `.`, `-` only, and starts with neither `.` nor `-`"
-        names: list[tuple[KeyPath, str]] = [((key,), what) for key in value if not _ARG_NAME.fullmatch(key)]
+        names: list[tuple[KeyPath, str]] = [((key,), what) for key in value if not ARGUMENT_NAME.fullmatch(key)]
         findings = _json_findings(value)
         if findings or names:
             raise Refusal(*findings, keys=names)
@@ -359,6 +359,16 @@ class Slurm(_Section):
             "the one running orch."
         ),
     )
+
+    @field_validator("srun_args")
+    @classmethod
+    def _not_owned(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        findings: list[tuple[KeyPath, str]] = [
+            ((index,), f"{shown(word)} is set by orch") for index, word in enumerate(value) if owned_by_step(word)
+        ]
+        if findings:
+            raise Refusal(*findings)
+        return value
 
     @field_validator("extra_sbatch", mode="before")
     @classmethod
@@ -628,7 +638,7 @@ class JobSpec(_Section):
 
 
 def _variable_fault(name: str) -> str | None:
-    if not _ENV_NAME.fullmatch(name):
+    if not ENV_NAME.fullmatch(name):
         return "is not a variable name (letters, digits, `_`; not starting with a digit)"
     if name.startswith("ORCH_"):
         return "names starting with ORCH_ are set by orch itself"

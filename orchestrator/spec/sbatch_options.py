@@ -105,3 +105,19 @@ def refusal(key: str) -> str | None:
     if whole:
         return f"sbatch would read this as --{whole[0]}, which is not passed through: {OWNED[whole[0]]}"
     return None
+
+
+# What orch itself says to the one srun of the script: a second value would win and break the one-task-per-node rule,
+# or take the logs and the environment away.
+_STEP_LONG = (
+    "cpus-per-task", "error", "export", "input", "job-name", "jobid", "kill-on-bad-exit", "nodes", "ntasks",
+    "ntasks-per-node", "output",
+)  # fmt: skip
+_STEP_SHORT = "NnceioJK"
+
+
+def owned_by_step(word: str) -> bool:
+    """True when a word of `slurm.srun_args` sets something that orch sets."""
+    if word.startswith("--"):
+        return word[2:].partition("=")[0] in _STEP_LONG
+    return len(word) > 1 and word[0] == "-" and word[1] in _STEP_SHORT

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 from orchestrator.errors import SpecError
@@ -11,7 +12,6 @@ from orchestrator.spec.problems import did_you_mean
 
 TEMPLATES = ("digits", "module", "script", "command")
 _FOLDER = Path(__file__).with_name("starters")
-_WRITE_DIGITS = "write it with: python -m jobs.digits PATH"
 
 
 def render_template(name: str, run_name: str, *, file: str = "spec.yaml", directory: Path | None = None) -> str:
@@ -23,7 +23,7 @@ def render_template(name: str, run_name: str, *, file: str = "spec.yaml", direct
         "@NAME@": json.dumps(run_name, ensure_ascii=False),
         "@FILE@": "".join(char if char.isprintable() else "?" for char in file),
         "@DATA@": json.dumps(str(data), ensure_ascii=False),
-        "@WRITE@": _WRITE_DIGITS,
+        "@WRITE@": f"python -m jobs.data.digits --out {shlex.quote(str(data))}",
     }
     text = (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
     return re.sub("|".join(values), lambda match: values[match[0]], text)

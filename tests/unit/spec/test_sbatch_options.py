@@ -83,6 +83,18 @@ def test_every_named_field_is_an_owned_option() -> None:
     assert fields <= set(OWNED)
 
 
+@pytest.mark.parametrize("word", ["--ntasks=4", "-n4", "-n", "-N2", "--nodes", "--export=ALL", "-K1", "--output=x"])
+def test_srun_arguments_of_orch(word: str) -> None:
+    with pytest.raises(SpecError, match=r"slurm\.srun_args\.1: .* is set by orch"):
+        parse_spec({"name": "x", "job": {"module": "m"}, "slurm": {"srun_args": ["--label", word]}})
+
+
+@pytest.mark.parametrize("word", ["--cpu-bind=cores", "--label", "-v", "--mpi=pmix", "plain", "-"])
+def test_srun_arguments_of_the_user(word: str) -> None:
+    spec = parse_spec({"name": "x", "job": {"module": "m"}, "slurm": {"srun_args": [word]}})
+    assert spec.slurm.srun_args == (word,)
+
+
 def test_named_options() -> None:
     spec = parse_spec(
         {
