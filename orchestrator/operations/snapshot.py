@@ -2,7 +2,7 @@
 
 PROTOCOLS 2:
 In git: tracked and untracked-not-ignored files, submodules included; elsewhere `job.script` and `*.py`. Never the root,
-checkpoint.uri, the submitted spec, `workspace.exclude`, or anything in a .git.
+checkpoint.uri, the submitted spec, `workspace.exclude`, or anything in a .git or orch_runs.
 
 Symbolic links: one to something in the snapshot stays a link (made relative where it would lead back to the workspace);
 one to any other file is replaced by that file, because the run must not change when the file does; one to a directory
@@ -41,6 +41,7 @@ _CHUNK = 1024 * 1024
 _TEMPORARY = ".tmp."
 _STALE_S = 24 * 3600.0
 _SUBMODULE_DEPTH = 8
+_NEVER = {".git", "orch_runs"}  # orch_runs: a root of other runs, whose logs would make every submission a new run
 _REDIRECTING = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY"}
 
 Runner = Callable[[Sequence[str], float], "subprocess.CompletedProcess[bytes]"]
@@ -139,7 +140,7 @@ def _below(path: Path, top: Path) -> str | None:
 
 def _is_barred(name: str, barred: set[str]) -> bool:
     parts = name.split("/")
-    return ".git" in parts or any("/".join(parts[:length]) in barred for length in range(1, len(parts) + 1))
+    return not _NEVER.isdisjoint(parts) or any("/".join(parts[:length]) in barred for length in range(1, len(parts) + 1))
 
 
 def _python_files(top: Path) -> set[str]:

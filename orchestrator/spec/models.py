@@ -307,8 +307,8 @@ class Resources(_Section):
     @field_validator("time")
     @classmethod
     def _some_time(cls, value: WallTime | None) -> WallTime | None:
-        if value is not None and value < 60:
-            raise ValueError(f"{value} is too short; at least 00:01:00, Slurm counts minutes")
+        if value is not None and value < 1:
+            raise ValueError("no time at all; at least 1s (Slurm rounds up to minutes)")
         return value
 
 

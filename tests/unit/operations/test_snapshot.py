@@ -114,6 +114,11 @@ def test_checkpoints_in_the_workspace_itself_are_refused(work: Path) -> None:
         snap(work, checkpoint={"uri": "."})
 
 
+def test_another_root_is_no_code(work: Path) -> None:
+    put(work, "a.py", "orch_runs/code/h/a.py", "sub/orch_runs/runs/x/b.py")
+    assert names(snap(work)) == ["a.py"]
+
+
 def test_spec_through_a_link(work: Path) -> None:
     git(work, "init", "-q")
     put(work, "a.py", "spec.yaml")
