@@ -58,9 +58,9 @@ SNAPSHOT = """\
 
 In git: every file that is tracked, and every one that is not ignored, submodules included. Elsewhere: `job.script` and
 `*.py`, without hidden directories and virtual environments. Never: the root, `checkpoint.uri`, the submitted spec,
-`.git`, any `orch_runs`, and what `exclude` names. A link to something in the snapshot stays a link; a link to another file becomes that
-file; a link to a directory outside is refused. The job runs in the snapshot, which is read-only: write to
-`$ORCH_RUN_DIR`.
+`.git`, any directory called `orch_runs`, and what `exclude` names. A link to something in the snapshot stays a link; a
+link to another file becomes that file; a link to a directory outside is refused. The job runs in the snapshot, which is
+read-only: write to `$ORCH_RUN_DIR`.
 """
 
 

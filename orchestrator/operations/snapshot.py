@@ -140,7 +140,9 @@ def _below(path: Path, top: Path) -> str | None:
 
 def _is_barred(name: str, barred: set[str]) -> bool:
     parts = name.split("/")
-    return not _NEVER.isdisjoint(parts) or any("/".join(parts[:length]) in barred for length in range(1, len(parts) + 1))
+    return not _NEVER.isdisjoint(parts) or any(
+        "/".join(parts[:length]) in barred for length in range(1, len(parts) + 1)
+    )
 
 
 def _python_files(top: Path) -> set[str]:
