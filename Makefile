@@ -1,0 +1,82 @@
+# One target per habit; `.ci/run` and CONTRIBUTING.md use the same ones.
+# `make test` and `make demo` need nothing but Python 3.11 (with venv), git and make: they set up what they use.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help install system fmt lint type contracts check test unit cluster-test cluster chaos bench docs demo \
+        constraints build clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+install: $(STAMP) ## create the environment in .venv (again when the project file changes)
+
+# The stamp is written last, so an interrupted installation is taken up again.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "orch needs Python 3.11 or newer: make PYTHON=...")'
+	@echo "Setting up $(VENV) (the first time: a few minutes, most of it PyTorch)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[jobs,dev]'
+	@touch $@
+
+system:
+	@sh tests/setup_system.sh
+
+fmt: $(STAMP) ## format the code
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+
+lint: $(STAMP) ## style of code and shell scripts
+	$(BIN)/ruff check .
+	$(BIN)/shellcheck tests/setup_system.sh .ci/run
+
+type: $(STAMP) ## mypy, strict on orchestrator
+	$(BIN)/mypy
+
+contracts: $(STAMP) ## import directions (.importlinter)
+	$(BIN)/lint-imports
+
+check: lint type contracts ## lint, type and contracts
+
+# Two processes: the cluster's tests use both cores and measure time, so nothing else may run beside them.
+test: $(STAMP) system ## every test, the real cluster included where the machine allows it
+	@status=0; \
+	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not cluster' || status=$$?; \
+	$(PYTEST) -m cluster || status=$$?; \
+	exit $$status
+
+unit: $(STAMP) ## the tests that need neither Slurm nor an engine
+	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not cluster'
+
+cluster-test: $(STAMP) system ## the tests on the real cluster
+	$(PYTEST) -m cluster
+
+cluster: $(STAMP) system ## start the test cluster by hand; Ctrl-C ends it
+	@$(BIN)/python -m tests.cluster
+
+chaos: $(STAMP) ## kill, pause and starve saves many more times than `make test` does
+	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_RACES=300 $(PYTEST) tests/chaos
+
+bench: $(STAMP) ## the figures in benchmarks/
+	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+docs: $(STAMP) ## regenerate the generated pages of docs/
+	$(BIN)/python docs/generate_spec_reference.py
+
+demo: $(STAMP) ## the main job on this machine: preempted on purpose in mid-epoch, resumed, finished
+	@$(BIN)/python -m jobs.demo
+
+constraints: ## renew constraints.txt from what .venv holds now
+	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v -E '^(pip|setuptools)=='; } \
+	    > constraints.new && mv constraints.new constraints.txt
+
+build: $(STAMP) ## wheel and sdist in dist/
+	$(BIN)/python -m build
+
+clean: ## remove everything that make can make again
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache demo_runs
