@@ -156,8 +156,8 @@ def _type(field: dict[str, Any]) -> str:
 
 
 def schema_text() -> str:
-    """The text of schema.json."""
-    return json.dumps(json_schema(), indent=2, ensure_ascii=False) + "\n"
+    """The text of schema.json: what `orch schema` prints, byte for byte."""
+    return json.dumps(json_schema(), indent=2) + "\n"
 
 
 def main() -> None:
