@@ -27,6 +27,8 @@ class SessionCheckpointIO(CheckpointIO):
         )
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        if weights_only is None and str(path).startswith(self._session.store.uri):
+            weights_only = True  # ours hold plain types and tensors only
         return self._inner.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
     def remove_checkpoint(self, path: Any) -> None:

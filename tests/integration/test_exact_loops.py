@@ -1,0 +1,157 @@
+"""The cases in which Lightning's own resume goes wrong (docs/exact-resume.md, section 5): each must be exact here.
+
+An exact run ends with the same weights, optimizer state and metrics.csv as the run that nobody touched, bit for bit, and
+after a signal it executes no training step twice.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.integration.forked import outputs, run_ranks
+from tests.integration.toy import Toy, train, verdict
+
+Reference = Callable[[Toy, int], Path]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The untouched run of given options and world size; run once for each."""
+
+    @cache
+    def untouched(toy: Toy, world_size: int) -> Path:
+        run_dir = tmp_path_factory.mktemp("reference")
+        codes = run_ranks(partial(train, toy, run_dir), run_dir, world_size=world_size, attempt=0)
+        assert set(codes) == {0}, outputs(run_dir, 0)
+        return run_dir
+
+    return untouched
+
+
+def attempt(toy: Toy, run_dir: Path, number: int, *, world_size: int = 1) -> list[int]:
+    return run_ranks(partial(train, toy, run_dir), run_dir, world_size=world_size, attempt=number)
+
+
+def interrupted(toy: Toy, run_dir: Path, stops: list[Toy], *, world_size: int = 1) -> None:
+    """One attempt for each of `stops`, each stopped and saved, then one to the end."""
+    for number, stop in enumerate(stops):
+        codes = attempt(stop, run_dir, number, world_size=world_size)
+        assert set(codes) == {0}, outputs(run_dir, number)
+        assert verdict(run_dir, number)["outcome"] == "saved", outputs(run_dir, number)
+    codes = attempt(toy, run_dir, len(stops), world_size=world_size)
+    assert set(codes) == {0}, outputs(run_dir, len(stops))
+    assert verdict(run_dir, len(stops))["outcome"] == "completed"
+
+
+def differences(expected: Any, actual: Any, path: str = "") -> list[str]:
+    if isinstance(expected, dict):
+        if expected.keys() != actual.keys():
+            return [f"{path}: keys differ"]
+        return [line for key in expected for line in differences(expected[key], actual[key], f"{path}/{key}")]
+    if isinstance(expected, list | tuple):
+        pairs = zip(expected, actual, strict=True)
+        return [line for index, (a, b) in enumerate(pairs) for line in differences(a, b, f"{path}/{index}")]
+    same = torch.equal(expected, actual) if isinstance(expected, torch.Tensor) else expected == actual
+    return [] if same else [path]
+
+
+def assert_exact(expected: Path, actual: Path, *, repeated: bool = False) -> None:
+    finals = [torch.load(run / "final.pt", weights_only=True) for run in (expected, actual)]
+    assert differences(*finals) == []
+    assert (actual / "metrics.csv").read_text().splitlines() == (expected / "metrics.csv").read_text().splitlines()
+    done = [Counter((run / "steps.txt").read_text().splitlines()) for run in (expected, actual)]
+    assert set(done[1]) == set(done[0])  # validations included
+    twice = [line for line, count in done[1].items() if line.startswith("train") and count != done[0][line]]
+    assert repeated or not twice, "a training step was executed twice"
+
+
+@pytest.mark.parametrize("at", [0, 3, 7, 8, 12])  # first, middle, last of an epoch, first of the next, middle
+def test_a_stop_anywhere_in_an_epoch(reference: Reference, tmp_path: Path, at: int) -> None:
+    toy = Toy()
+    interrupted(toy, tmp_path, [replace(toy, at=at)])
+    assert_exact(reference(toy, 1), tmp_path)
+
+
+def test_three_stops_with_workers_whose_number_changes(reference: Reference, tmp_path: Path) -> None:
+    toy = Toy()
+    stops = [Toy(at=2, workers=2), Toy(at=5, workers=0, signal=signal.SIGTERM), Toy(at=17, workers=1)]
+    interrupted(Toy(workers=2), tmp_path, stops)
+    assert_exact(reference(toy, 1), tmp_path)
+
+
+@pytest.mark.parametrize("at", [3, 4])  # a validation is due after batch 4: before it, and at it
+def test_a_stop_near_a_validation_within_the_epoch(reference: Reference, tmp_path: Path, at: int) -> None:
+    toy = Toy(validate_every=5)
+    interrupted(toy, tmp_path, [replace(toy, at=at)])
+    assert_exact(reference(toy, 1), tmp_path)
+
+
+@pytest.mark.parametrize(("at", "batch"), [(4, 1), (4, 4), (7, 2)])  # its middle, its last batch, at the epoch's end
+def test_a_validation_is_given_up_and_run_again_in_full(
+    reference: Reference, tmp_path: Path, at: int, batch: int
+) -> None:
+    toy = Toy(validate_every=5) if at == 4 else Toy()
+    interrupted(toy, tmp_path, [replace(toy, at=at, at_validation_batch=batch)])
+    assert_exact(reference(toy, 1), tmp_path)
+
+
+@pytest.mark.parametrize("at", [2, 3, 6])  # inside an accumulation window, at its end, in the last one
+def test_a_stop_waits_for_the_optimizer_step(reference: Reference, tmp_path: Path, at: int) -> None:
+    toy = Toy(accumulate=2)
+    interrupted(toy, tmp_path, [replace(toy, at=at)])
+    assert_exact(reference(toy, 1), tmp_path)
+
+
+@pytest.mark.parametrize("at", [4, 7])
+def test_runs_limited_by_steps_get_no_phantom_epoch(reference: Reference, tmp_path: Path, at: int) -> None:
+    toy = Toy(max_steps=20)
+    interrupted(toy, tmp_path, [replace(toy, at=at)])
+    assert_exact(reference(toy, 1), tmp_path)
+
+
+@pytest.mark.parametrize("at", [6, 11, 17])
+def test_after_a_kill_at_most_the_steps_since_the_last_save_are_repeated(
+    reference: Reference, tmp_path: Path, at: int
+) -> None:
+    toy = Toy(validate_every=5, every_steps=5, workers=1)
+    assert attempt(replace(toy, at=at, signal=signal.SIGKILL), tmp_path, 0) == [-signal.SIGKILL]
+    assert attempt(toy, tmp_path, 1) == [0], outputs(tmp_path, 1)
+    assert_exact(reference(toy, 1), tmp_path, repeated=True)
+    steps = Counter((tmp_path / "steps.txt").read_text().splitlines())
+    assert sum(count - 1 for line, count in steps.items() if "train" in line) <= 5
+
+
+@pytest.mark.parametrize(("at", "validate_every"), [(3, None), (4, 5), (7, None), (15, None)])
+def test_a_checkpoint_saved_in_a_hook_by_others_is_exact_too(
+    reference: Reference, tmp_path: Path, at: int, validate_every: int | None
+) -> None:
+    toy = Toy(validate_every=validate_every, validation=at != 15, queue_in_hook=False)
+    assert attempt(replace(toy, in_hook_save=at), tmp_path, 0) == [-signal.SIGKILL]
+    resumed = replace(toy, start_from=str(tmp_path / "in_hook.ckpt"))
+    assert attempt(resumed, tmp_path, 1) == [0], outputs(tmp_path, 1)
+    finals = [torch.load(run / "final.pt", weights_only=True) for run in (reference(toy, 1), tmp_path)]
+    assert differences(*finals) == []
+    done = [set((run / "steps.txt").read_text().splitlines()) for run in (reference(toy, 1), tmp_path)]
+    assert done[0] == done[1]  # a validation that was due is not skipped
+
+
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(reference: Reference, tmp_path: Path) -> None:
+    toy = Toy(validate_every=5, workers=1)
+    stops = [replace(toy, at=2, rank=1), replace(toy, at=4, rank=1, at_validation_batch=0), replace(toy, at=15, rank=0)]
+    interrupted(toy, tmp_path, stops, world_size=2)
+    assert_exact(reference(toy, 2), tmp_path)
+
+
+def test_three_ranks_sum_gradients_in_the_same_order_after_a_restart(reference: Reference, tmp_path: Path) -> None:
+    toy = Toy(deep=True)
+    interrupted(toy, tmp_path, [replace(toy, at=2, rank=2), replace(toy, at=11, rank=1)], world_size=3)
+    assert_exact(reference(toy, 3), tmp_path)

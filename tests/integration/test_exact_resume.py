@@ -1,0 +1,195 @@
+"""jobs.pretrain, interrupted from outside at random moments: the same exported weights, optimizer state and metrics.csv as
+the run nobody touched, bit for bit, at world sizes 1, 2 and 4, with DataLoader workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from jobs.data.digits import write_digits
+from jobs.pretrain.run import run
+from jobs.pretrain.settings import PretrainSettings, parse_settings
+from orchestrator.checkpoint import open_store
+from orchestrator.paths import RunPaths
+from orchestrator.registry import read_events
+from tests.integration.forked import outputs, run_ranks
+from tests.integration.test_exact_loops import differences
+from tests.integration.toy import verdict
+
+STEPS = 36  # 3 epochs of 12
+EVERY_STEPS = 5
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> PretrainSettings:
+    digits = tmp_path_factory.mktemp("digits") / "images"
+    write_digits(digits, limit=390)
+    parsed: PretrainSettings = parse_settings(
+        {
+            "data": str(digits),
+            "model_args": {"width": 4},
+            "method_args": {"hidden_dim": 32, "output_dim": 16},
+            "epochs": 3,
+            "batch_size": 32,
+            "num_workers": 2,
+            "log_every_n_steps": 1,
+            "checkpoint_args": {"every_steps": EVERY_STEPS},
+        }
+    )
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def reference(settings: PretrainSettings, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    done: dict[int, Path] = {}
+
+    def untouched(world_size: int) -> Path:
+        if world_size not in done:
+            run_dir = tmp_path_factory.mktemp(f"reference{world_size}")
+            codes = run_ranks(partial(run, settings), run_dir, world_size=world_size, attempt=0)
+            assert set(codes) == {0}, outputs(run_dir, 0)
+            assert verdict(run_dir, 0)["step"] == STEPS
+            done[world_size] = run_dir
+        return done[world_size]
+
+    return untouched
+
+
+class At:
+    """Signals when the attempt's progress reaches a step; with `group`, the rank's DataLoader workers too."""
+
+    def __init__(self, run_dir: Path, attempt: int, step: int, number: int, *, rank: int, group: bool = False) -> None:
+        self._progress, self._attempt, self._step = run_dir / "progress.json", attempt, step
+        self._signal, self._rank, self._group = number, rank, group
+        self._sent = False
+
+    def __call__(self, pids: Sequence[int]) -> None:
+        if self._sent or not self._progress.exists():
+            return
+        progress = json.loads(self._progress.read_text())
+        if progress["attempt"] == self._attempt and progress["step"] >= self._step:
+            self._sent = True
+            (os.killpg if self._group else os.kill)(pids[self._rank], self._signal)
+
+
+def optimizer_state(run_dir: Path) -> Any:
+    found = open_store(str(run_dir / "checkpoints")).find()
+    assert found is not None
+    assert found.manifest.step == STEPS
+    checkpoint = torch.load(found.path, weights_only=True)
+    return checkpoint["optimizer_states"], checkpoint["lr_schedulers"], checkpoint["state_dict"], checkpoint["loops"]
+
+
+def assert_exact(expected: Path, actual: Path) -> None:
+    exported = [run_dir / "exported_models" / "exported_last.pt" for run_dir in (expected, actual)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+    assert (actual / "metrics.csv").read_text().splitlines() == (expected / "metrics.csv").read_text().splitlines()
+    assert differences(optimizer_state(expected), optimizer_state(actual)) == []
+
+
+def committed_steps(run_dir: Path, attempt: int) -> Iterator[int]:
+    for event in read_events(RunPaths(run_dir)):
+        if event["event"] == "checkpoint_committed" and event["attempt"] == attempt:
+            yield event["step"]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_three_stops_at_random_moments(
+    settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path, world_size: int
+) -> None:
+    expected = reference(world_size)
+    draw = random.Random()  # other moments every time: the result must not depend on them
+    step = 0
+    for attempt in range(3):
+        stop_at = draw.randint(step + 1, step + 7)
+        number = draw.choice([signal.SIGUSR1, signal.SIGTERM])
+        stop = At(tmp_path, attempt, stop_at, number, rank=draw.randrange(world_size), group=attempt == 1)
+        codes = run_ranks(partial(run, settings), tmp_path, world_size=world_size, attempt=attempt, watch=stop)
+        assert set(codes) == {0}, outputs(tmp_path, attempt)
+        said = verdict(tmp_path, attempt)
+        assert said["outcome"] == "saved", outputs(tmp_path, attempt)
+        assert said["step"] > step
+        step = said["step"]
+    codes = run_ranks(partial(run, settings), tmp_path, world_size=world_size, attempt=3)
+    assert set(codes) == {0}, outputs(tmp_path, 3)
+    assert verdict(tmp_path, 3)["outcome"] == "completed"
+    assert_exact(expected, tmp_path)
+
+
+def test_a_killed_rank_costs_at_most_the_steps_since_the_last_save(
+    settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path
+) -> None:
+    killed_at = 8
+    kill = At(tmp_path, 0, killed_at, signal.SIGKILL, rank=1)
+    codes = run_ranks(partial(run, settings), tmp_path, world_size=2, attempt=0, watch=kill)
+    assert codes[1] == -signal.SIGKILL
+    saved = max(committed_steps(tmp_path, 0))
+    codes = run_ranks(partial(run, settings), tmp_path, world_size=2, attempt=1)
+    assert set(codes) == {0}, outputs(tmp_path, 1)
+    resumed = [event for event in read_events(RunPaths(tmp_path)) if event["event"] == "resumed"]
+    assert [event["step"] for event in resumed] == [saved]
+    assert killed_at - saved <= EVERY_STEPS
+    assert_exact(reference(2), tmp_path)
+
+
+def test_a_signal_before_the_first_step_and_one_after_the_last(
+    settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path
+) -> None:
+    sent: list[int] = []
+
+    def before_the_first_step(pids: Sequence[int]) -> None:
+        if not sent and (tmp_path / "environment.json").exists():  # handlers are there, training has not begun
+            sent.append(pids[0])
+            os.kill(pids[0], signal.SIGUSR1)
+
+    codes = run_ranks(partial(run, settings), tmp_path, world_size=1, attempt=0, watch=before_the_first_step)
+    assert codes == [0], outputs(tmp_path, 0)
+    assert verdict(tmp_path, 0)["outcome"] == "saved"
+    assert verdict(tmp_path, 0)["step"] <= 2
+    last = At(tmp_path, 1, STEPS, signal.SIGUSR1, rank=0)
+    codes = run_ranks(partial(run, settings), tmp_path, world_size=1, attempt=1, watch=last)
+    assert codes == [0], outputs(tmp_path, 1)
+    assert verdict(tmp_path, 1)["step"] == STEPS
+    if verdict(tmp_path, 1)["outcome"] == "saved":  # otherwise the export was faster than the signal
+        assert run_ranks(partial(run, settings), tmp_path, world_size=1, attempt=2) == [0]
+    assert_exact(reference(1), tmp_path)
+
+
+def test_under_a_bare_torchrun(settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path) -> None:
+    """No ORCH_* variables: the ranks agree on the run through torchrun's store, save, pass a barrier and exit with 75."""
+    values = {**settings.model_dump(mode="json", exclude_defaults=True), "out": str(tmp_path)}
+    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
+    command = [*torchrun, "--rdzv-endpoint=127.0.0.1:0", "-m", "jobs.pretrain", "--", *words]
+    output = tmp_path.parent / "torchrun.txt"
+    for attempt in (0, 1):
+        with output.open("a") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            stop = At(tmp_path, 0, 3, signal.SIGUSR1, rank=0)
+            while process.poll() is None:
+                if attempt == 0:
+                    stop(_children(process.pid))
+                try:
+                    process.wait(timeout=0.05)
+                except subprocess.TimeoutExpired:
+                    continue
+        text = output.read_text()
+        assert "exitcode  : 75" in text, text
+        assert verdict(tmp_path, attempt)["outcome"] == ("saved" if attempt == 0 else "completed"), text
+    assert process.returncode == 0
+    assert_exact(reference(2), tmp_path)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
