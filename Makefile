@@ -33,6 +33,7 @@ fmt: $(STAMP) ## format the code
 
 lint: $(STAMP) ## style of code and shell scripts
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
 	$(BIN)/shellcheck tests/setup_system.sh .ci/run
 
 type: $(STAMP) ## mypy, strict on orchestrator

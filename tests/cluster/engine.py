@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import secrets
 import subprocess
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.cluster.service import Service, call
+from tests.cluster.service import ClusterError, Service, call
 
 
 def engine(directory: Path, bridge: str, env: Mapping[str, str], *, driver: str | None = None) -> Service:
@@ -53,3 +56,35 @@ def remove_bridge(name: str, env: Mapping[str, str]) -> None:
     """Delete the bridge; silent when it is already gone."""
     if Path("/sys/class/net", name).exists():
         call(["ip", "link", "delete", name], env=env, timeout=10)
+
+
+def remove_containers(env: Mapping[str, str]) -> None:
+    """Kill and remove every container; without it each one delays the end of dockerd by its stop timeout.
+
+    An engine that is down or does not answer has nothing to be asked: its processes are ended by pid afterwards.
+    """
+    try:
+        ids = call(["docker", "ps", "--all", "--quiet"], env=env, timeout=10).stdout.split()
+        if ids:
+            call(["docker", "rm", "--force", *ids], env=env, timeout=30)
+    except ClusterError as error:
+        print(f"[test cluster] containers could not be removed: {error}", file=sys.stderr)
+
+
+def shim_sockets(pids: Iterable[int]) -> list[Path]:
+    """Sockets that containerd's shims among `pids` hold in the one directory that all engines of a machine share.
+
+    A shim that is killed, because its engine was, leaves its socket there.
+    """
+    found = []
+    for pid in pids:
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+        except OSError:
+            continue  # ended meanwhile
+        if Path(words[0]).name.startswith("containerd-shim") and "-id" in words and "-address" in words:
+            # containerd names the socket by the hash of its own socket's path, the namespace and the container's id.
+            value = dict(itertools.pairwise(words))
+            name = "/".join((value["-address"], value["-namespace"], value["-id"]))
+            found.append(Path("/run/containerd/s", hashlib.sha256(name.encode()).hexdigest()))
+    return found

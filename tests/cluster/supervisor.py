@@ -142,12 +142,18 @@ class Supervisor:
                 self.services[name].stop(timeout=5)
         rest = [name for name in ("dockerd", "slurmdbd", "mariadbd", "munged") if name in self.services]
         # Steps and what they started go before the engine: an agent that sees its engine vanish would write about it.
+        sockets: list[Path] = []
         keep = [pid for name in rest if (pid := self.services[name].pid) is not None]
         keep += engine_processes(keep)
         end_descendants(keep=keep)
+        if "dockerd" in rest:
+            sockets = engine.shim_sockets(descendants(os.getpid()))
+            engine.remove_containers(self.env)
         for name in rest:
             self.services[name].stop(timeout=15)
         end_descendants()
+        for path in sockets:
+            path.unlink(missing_ok=True)
         if self.bridge is not None:
             engine.remove_bridge(self.bridge, self.env)
         remove_tree(self.directory)
