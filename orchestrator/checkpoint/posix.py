@@ -77,7 +77,9 @@ class PosixStore:
         self._link = link
         self._node = node or os.environ.get("SLURMD_NODENAME") or os.uname().nodename
         self._sequence = itertools.count()
-        self._unreadable: set[str] = set()  # manifests `find` passed over because of I/O errors, not of their content
+        # What the last `find` passed over: a claim may bury it. `_unreadable`: content unknown because of I/O errors.
+        self._passed_over: set[CheckpointName] = set()
+        self._unreadable: set[CheckpointName] = set()
 
     # --- reading
 
@@ -105,6 +107,7 @@ class PosixStore:
     def _find(self) -> Found | None:
         names = self._list()
         lineage = self._lineage(names)
+        self._passed_over.clear()
         self._unreadable.clear()
         skipped = [Skipped(self.directory / fence_name(epoch), why) for epoch, why in lineage.damaged.items()]
         damaged = [name for name in _quarantined(names) if lineage.is_live(name.fence_epoch, name.step)]
@@ -123,7 +126,8 @@ class PosixStore:
             if problem is None:
                 newer = [s for s in skipped if not _is_older(s, manifest)]
                 return Found(manifest, manifest.path, tuple(sorted(newer, key=lambda s: s.path.name, reverse=True)))
-            if manifest.name.manifest in self._unreadable:
+            if manifest.name in self._unreadable:
+                self._passed_over.add(manifest.name)
                 skipped.append(Skipped(manifest.path, problem))
             else:
                 skipped.append(self._quarantine(manifest.name, problem))
@@ -254,12 +258,13 @@ class PosixStore:
                 break
             self._sleep(delay)
         if unreadable and problem is not None:
-            self._unreadable.add(manifest.name.manifest)
+            self._unreadable.add(manifest.name)
         return problem
 
     def _quarantine(self, name: CheckpointName, reason: str) -> Skipped:
         """Set a damaged checkpoint aside, manifest first so that nobody else takes it; nothing is ever deleted."""
         path = self.directory / name.data
+        self._passed_over.add(name)
         try:
             for file_name in sorted(self._list(), key=lambda n: n != name.manifest):
                 if file_name.startswith(name.stem + ".") and CORRUPT_SUFFIX not in file_name:
@@ -315,7 +320,7 @@ class PosixStore:
         # An older attempt that is still alive may have committed since the base was chosen. To claim the run now would
         # bury that work, and its garbage collection may be about to remove our base.
         for manifest in live:
-            if (base is None or manifest.rank > base.rank) and manifest.name.manifest not in self._unreadable:
+            if (base is None or manifest.rank > base.rank) and manifest.name not in self._passed_over:
                 start = "from scratch" if base is None else f"at step {base.step}"
                 raise CheckpointError(
                     f"attempt {manifest.attempt} has committed step {manifest.step}; starting {start} would discard it",
@@ -505,21 +510,22 @@ class PosixStore:
                 victims = []
             if victims:
                 note("gc-verify")
-                self._require_readable(live[0])
-                self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
+                self._require_readable(live[0], fence)
                 self._correct_pointer(live[0], fence, note)
             removed = self._remove(victims, names, note)
             note("gc-sweep")
             return removed + self._sweep(names, fence)
 
-    def _require_readable(self, newest: Manifest) -> None:
+    def _require_readable(self, newest: Manifest, fence: Fence) -> None:
         try:
             problem = self._verify(newest)
         except _Collected as error:
+            self._require_ownership(fence)
             raise CheckpointError(f"{newest.name.manifest} was removed by somebody else") from error
+        self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
         if problem is None:
             return
-        if newest.name.manifest not in self._unreadable:
+        if newest.name not in self._unreadable:
             problem = self._quarantine(newest.name, problem).reason
         raise CheckpointCorrupt(
             f"the checkpoint of step {newest.step} does not read back: {problem}",

@@ -1,0 +1,357 @@
+"""Attempts killed, stopped and starved at every point of a save: the newest committed checkpoint always loads.
+
+`ORCH_CHAOS_KILLS` and `ORCH_CHAOS_RACES` set how many (the defaults take about fifteen seconds on two cores).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from orchestrator.checkpoint import Fence, Found, Manifest, PosixStore, take_over
+from orchestrator.errors import CheckpointError
+
+KILLS = int(os.environ.get("ORCH_CHAOS_KILLS", "150"))
+RACES = int(os.environ.get("ORCH_CHAOS_RACES", "92"))
+SIZE = 100_000
+DEADLINE_S = 60.0
+
+COMMITTER = Path(__file__).with_name("committer.py")
+COMMIT_POINTS = [
+    "check-before",
+    "data-create",
+    "data-write",
+    "data-piece",
+    "data-fsync",
+    "data-rename",
+    "data-dirsync",
+    "manifest-create",
+    "manifest-fsync",
+    "manifest-rename",
+    "manifest-dirsync",
+    "check-after",
+    "pointer-create",
+    "pointer-rename",
+    "pointer-dirsync",
+    "check-last",
+    "saved",
+]
+GARBAGE_POINTS = ["gc-verify", "gc-unlink-manifest", "gc-dirsync", "gc-unlink-data", "gc-sweep", "collected"]
+
+
+def load_committer() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chaos_committer", COMMITTER)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+committer = load_committer()
+
+
+@dataclass
+class Attempt:
+    """An attempt in a process of its own."""
+
+    lines: Iterator[str]
+    pid: int = 0
+    saved: list[int] = field(default_factory=list)  # steps whose commit returned
+    status: int | None = None
+
+    def read(self) -> str:
+        """The next thing that happens to it."""
+        word, _, value = next(self.lines).partition(" ")
+        if word == "pid":
+            self.pid = int(value)
+        elif word == "saved":
+            self.saved.append(int(value))
+        elif word == "exited":
+            self.status = int(value)
+        return word
+
+    def wait_for(self, *words: str) -> str:
+        while (word := self.read()) not in words:
+            pass
+        return word
+
+
+class Nursery:
+    """Starts attempts, one after the other."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        assert process.stdout is not None
+        self._lines = (line.strip() for line in process.stdout)
+
+    def start(self, directory: Path, attempt: int, **order: Any) -> Attempt:
+        assert self._process.stdin is not None
+        full = {"directory": str(directory), "attempt": attempt, "size": SIZE, "steps": 100} | order
+        self._process.stdin.write(json.dumps(full) + "\n")
+        self._process.stdin.flush()
+        child = Attempt(self._lines)
+        child.wait_for("pid")
+        return child
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    command = [sys.executable, str(COMMITTER)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        # A test that waits for something that never happens ends with the nursery instead of hanging.
+        limit = threading.Timer(DEADLINE_S * max(4, KILLS // 20, RACES // 10), process.kill)
+        limit.daemon = True
+        limit.start()
+        yield Nursery(process)
+        limit.cancel()
+
+
+@contextmanager
+def polled(directory: Path) -> Iterator[list[int]]:
+    """Read `last.ckpt` as fast as possible meanwhile; yields the steps seen. Only whole checkpoints may be seen."""
+    seen: list[int] = []
+    torn: list[str] = []
+    done = threading.Event()
+
+    def poll() -> None:
+        pointer = directory / "last.ckpt"
+        while not done.wait(0.0005):
+            try:
+                data = pointer.read_bytes()
+            except FileNotFoundError:
+                continue  # no commit yet, or swapped and collected between two system calls
+            try:
+                seen.append(committer.parse_content(data)[0])
+            except ValueError as error:
+                torn.append(str(error))
+
+    reader = threading.Thread(target=poll)
+    reader.start()
+    try:
+        yield seen
+    finally:
+        done.set()
+        reader.join()
+    assert torn == []
+
+
+def load(result: Found) -> int:
+    """The step whose bytes are in the checkpoint, which must be the one it claims."""
+    step, _ = committer.parse_content(result.path.read_bytes())
+    assert step == result.manifest.step
+    return int(step)
+
+
+def save(store: PosixStore, fence: Fence, step: int, attempt: int) -> Manifest:
+    data = committer.content(step, attempt, SIZE)
+    return store.commit(fence, lambda f: f.write(data), step=step, epoch=0, world_size=1)
+
+
+def assert_tidy(store: PosixStore, fence: Fence) -> None:
+    """Nothing half done of an older epoch is left, and no manifest without its data."""
+    names = {path.name for path in store.directory.iterdir()}
+    assert not [name for name in names if name.endswith(".tmp") and f".e{fence.epoch:04d}." not in name]
+    for name in names:
+        if name.startswith("step-") and name.endswith((".ckpt", ".json")):
+            assert {name[:-5] + ".ckpt", name[:-5] + ".json"} <= names
+
+
+def kill_plan(count: int) -> Iterator[dict[str, Any]]:
+    """Orders for attempts to be killed: every instrumented point in turn, every third one at a random time."""
+    points = itertools.cycle(["start", "started", *COMMIT_POINTS, *GARBAGE_POINTS])
+    chance = random.Random(count)
+    for n in range(count):
+        if n % 3 == 2:
+            yield {"after_s": chance.uniform(0, 0.06)}
+        else:
+            point = next(points)
+            nth = 1 if point in ("start", "started") else chance.choice([1, 1, 2, 3])
+            yield {"at": point, "nth": nth, "signal": "SIGKILL"}
+
+
+def test_kills_at_every_point_and_at_any_time(nursery: Nursery, tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    acknowledged, killed = 0, 0
+    with polled(directory) as seen:
+        for attempt, order in enumerate(kill_plan(KILLS)):
+            after_s = order.pop("after_s", None)
+            child = nursery.start(directory, attempt, **order)
+            if after_s is not None:
+                time.sleep(after_s)  # the random moment itself, not a synchronisation
+                os.kill(child.pid, signal.SIGKILL)
+            child.wait_for("exited")
+            assert child.status == -signal.SIGKILL
+            killed += 1
+            acknowledged = max([acknowledged, *child.saved])
+            store = PosixStore(directory)
+            result = store.find()
+            newest = load(result) if result else 0
+            # What was committed is there, and at most the one save more whose commit had not returned yet.
+            assert acknowledged <= newest <= acknowledged + 1
+            assert not result or result.skipped == ()  # a kill is not damage
+            acknowledged = newest
+    assert killed == KILLS
+    assert len(seen) > KILLS
+    store = PosixStore(directory)
+    result, fence = take_over(store, attempt=KILLS)
+    assert result is not None
+    for step in (1, 2):
+        save(store, fence, result.manifest.step + step, KILLS)
+    store.collect_garbage(fence, keep_last=2)
+    assert_tidy(store, fence)
+    assert len(store.manifests()) == 2
+
+
+def race_plan(count: int) -> list[tuple[str, int]]:
+    """(where the old attempt stops, in which of its saves)."""
+    points = [*COMMIT_POINTS, *GARBAGE_POINTS]
+    return [(points[n % len(points)], 1 + (n // len(points) + n) % 3) for n in range(count)]
+
+
+@pytest.mark.parametrize("kind", ["one newer attempt", "two newer attempts"])
+def test_an_old_attempt_stopped_anywhere_does_no_harm_when_it_goes_on(
+    nursery: Nursery, tmp_path: Path, kind: str
+) -> None:
+    for number, (point, nth) in enumerate(race_plan((RACES + 1) // 2)):
+        directory = tmp_path / f"race-{number}"
+        old = nursery.start(directory, 0, at=point, nth=nth, signal="SIGSTOP")
+        try:
+            assert old.wait_for("stopped", "exited") == "stopped", (point, nth, old.status)
+            store = PosixStore(directory)
+            result, fence = take_over(store, attempt=1)
+            if kind == "two newer attempts":
+                result, fence = take_over(store, attempt=2)  # attempt 1 never saved anything
+            base = load(result) if result else 0
+            assert base >= max(old.saved, default=0)
+        finally:
+            os.kill(old.pid, signal.SIGCONT)
+        old.wait_for("exited")
+        assert old.status == committer.FENCED, (point, nth)
+        seen_by_reader = PosixStore(directory).find()
+        assert (load(seen_by_reader) if seen_by_reader else 0) == base, (point, nth)
+        for step in (base + 1, base + 2):
+            manifest = save(store, fence, step, fence.attempt)
+            current = PosixStore(directory).find()
+            assert current is not None
+            assert current.manifest == manifest, (point, nth)
+            assert (directory / "last.ckpt").readlink().name == manifest.name.data
+        store.collect_garbage(fence, keep_last=2)
+        assert_tidy(store, fence)
+
+
+def test_an_old_attempt_that_goes_on_after_the_new_ones_saves(nursery: Nursery, tmp_path: Path) -> None:
+    for number, (point, nth) in enumerate(race_plan((RACES + 1) // 2)):
+        directory = tmp_path / f"race-{number}"
+        old = nursery.start(directory, 0, at=point, nth=nth, signal="SIGSTOP")
+        try:
+            assert old.wait_for("stopped", "exited") == "stopped", (point, nth, old.status)
+            store = PosixStore(directory)
+            result, fence = take_over(store, attempt=1)
+            base = load(result) if result else 0
+            save(store, fence, base + 1, 1)
+            newest = save(store, fence, base + 2, 1)
+            store.collect_garbage(fence, keep_last=2)
+        finally:
+            os.kill(old.pid, signal.SIGCONT)
+        old.wait_for("exited")
+        assert old.status == committer.FENCED, (point, nth)
+        current = PosixStore(directory).find()
+        assert current is not None
+        assert current.manifest == newest, (point, nth)
+        newest = save(store, fence, base + 3, 1)
+        assert (directory / "last.ckpt").readlink().name == newest.name.data
+        store.collect_garbage(fence, keep_last=2)
+        assert_tidy(store, fence)
+        current = PosixStore(directory).find()
+        assert current is not None
+        assert load(current) == base + 3
+
+
+def test_a_file_size_limit_stops_a_save_and_harms_nothing(nursery: Nursery, tmp_path: Path) -> None:
+    good = nursery.start(tmp_path, 0, steps=1)
+    good.wait_for("exited")
+    child = nursery.start(tmp_path, 1, file_size_limit=SIZE // 2)
+    child.wait_for("exited")
+    assert (child.status, child.saved) == (committer.FAILED, [])
+    store = PosixStore(tmp_path)
+    result, fence = take_over(store, attempt=2)
+    assert result is not None
+    assert load(result) == 1
+    assert_tidy(store, fence)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "orch-chaos", str(disk)], capture_output=True, text=True, check=False
+    )
+    if mount.returncode:
+        pytest.skip(f"mounting a small tmpfs needs root: {mount.stderr.strip()}")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    """ENOSPC at every size of what is left: told, taken back, and saved again once there is room."""
+    directory = small_disk / "checkpoints"
+    store = PosixStore(directory)
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1, 0)
+    filler = small_disk / "filler"
+    step = 1
+    for left in range(0, 160_000, 8_192):
+        filler.unlink(missing_ok=True)
+        free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+        filler.write_bytes(b"\0" * (free - left))
+        before = {path.name for path in directory.iterdir()}
+        try:
+            save(store, fence, step + 1, 0)
+            step += 1
+        except CheckpointError as error:
+            assert "ENOSPC" in error.message
+            assert "MiB are free" in (error.hint or "")
+            assert {path.name for path in directory.iterdir()} == before
+        result = PosixStore(directory).find()
+        assert result is not None
+        assert load(result) == step
+        assert result.skipped == ()
+        store.collect_garbage(fence, keep_last=2)
+    assert step > 1  # with 160 kB left it fits
+
+
+def test_a_disk_that_became_read_only(small_disk: Path) -> None:
+    directory = small_disk / "checkpoints"
+    store = PosixStore(directory)
+    _, fence = take_over(store, attempt=0)
+    for step in (1, 2):
+        manifest = save(store, fence, step, 0)
+    manifest.path.write_bytes(b"damaged")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(CheckpointError, match="EROFS"):
+        save(store, fence, 3, 0)
+    with pytest.raises(CheckpointError, match="EROFS"):
+        take_over(PosixStore(directory), attempt=1)
+    result = PosixStore(directory).find()  # reading goes on, past the damaged one that cannot be set aside
+    assert result is not None
+    assert load(result) == 1
+    assert "could not be set aside" in result.skipped[0].reason
