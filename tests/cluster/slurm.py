@@ -90,9 +90,10 @@ def write_conf(directory: Path, *, ports: set[int], dbd_port: int | None, extra:
     for file in gpus:
         file.touch()  # a gres count without device files is refused
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port(ports)} CPUs={CPUS} "
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.{index} Port={free_port(ports)} CPUs={CPUS} "
         f"RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN"
-        for name in NODES
+        # An address each: torchrun knows its peers by address and pid, and in two containers both can be alike.
+        for index, name in enumerate(NODES, start=2)
     )
     accounting = "AccountingStorageType=accounting_storage/none"
     if dbd_port is not None:
