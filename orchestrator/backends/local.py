@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 _START_S = 30.0
 _POLL_S = 0.02
+# Agents outlive their handles. Kept here, because a Popen that is forgotten while its process runs warns when collected.
+_started: list[subprocess.Popen[bytes]] = []
 
 
 class LocalBackend:
@@ -51,6 +53,7 @@ class LocalBackend:
                 f"cannot start {argv[0]}: {error.strerror}",
                 hint="`slurm.python` must be an interpreter of this machine.",
             ) from error
+        _started[:] = [*(known for known in _started if known.poll() is None), process]
         return self._wait_until_up(process, paths)
 
     def _wait_until_up(self, process: subprocess.Popen[bytes], paths: RunPaths) -> JobHandle:

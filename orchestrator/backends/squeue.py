@@ -72,13 +72,15 @@ def _unix(text: str) -> float | None:
 
 def expand_nodes(text: str) -> list[str]:
     """`n[1-2,05],m7` → n1 n2 n05 m7; text that is no node list (`(null)`) gives nothing."""
+    if text.startswith("(") or " " in text:  # "(null)", "None assigned"
+        return []
     names: list[str] = []
     for group in _split_outside_brackets(text):
         head, bracket, rest = group.partition("[")
         inner, _, tail = rest.partition("]")
         parts = inner.split(",") if bracket else [""]
         names += [f"{head}{index}{tail}" for part in parts for index in _indices(part)]
-    return [name for name in names if name and not name.startswith("(") and name not in ("None", "assigned")]
+    return [name for name in names if name]
 
 
 def _split_outside_brackets(text: str) -> list[str]:

@@ -356,13 +356,8 @@ def _write_run(spec: JobSpec, plan: Plan, paths: RunPaths, environ: Mapping[str,
     """Files of the run; the secrets last, with their mode from the first byte on."""
     from orchestrator.spec import dump_spec
 
-    paths.plan_dir.mkdir(parents=True, exist_ok=True)
-    paths.events_dir.mkdir(exist_ok=True)
-    paths.scheduler_log.parent.mkdir(exist_ok=True)  # Slurm does not create the directory of --output
+    start_files(plan)
     write_atomic(paths.spec, dump_spec(spec).encode())
-    write_atomic(paths.agent_plan, plan.agent_json.encode())
-    if plan.script:
-        write_atomic(paths.script, plan.script.encode(), mode=0o755)
     if not paths.labels.exists():
         write_json(paths.labels, {"version": 1, "tags": list(spec.tags), "notes": spec.notes})
     if spec.secrets:
@@ -370,6 +365,17 @@ def _write_run(spec: JobSpec, plan: Plan, paths: RunPaths, environ: Mapping[str,
 
         values = {name: environ[name] for name in spec.secrets}
         write_atomic(paths.secrets, json.dumps(values).encode(), mode=0o600)
+
+
+def start_files(plan: Plan) -> None:
+    """What a backend needs to find in the run directory: the script and the agent's orders."""
+    paths = RunPaths(plan.run_dir)
+    paths.plan_dir.mkdir(parents=True, exist_ok=True)
+    paths.events_dir.mkdir(exist_ok=True)
+    paths.scheduler_log.parent.mkdir(exist_ok=True)  # Slurm does not create the directory of --output
+    write_atomic(paths.agent_plan, plan.agent_json.encode())
+    if plan.script:
+        write_atomic(paths.script, plan.script.encode(), mode=0o755)
 
 
 def _queue(plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Backend) -> Any:
