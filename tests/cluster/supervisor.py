@@ -98,14 +98,24 @@ class Supervisor:
     def _start_engine(self) -> None:
         """Spawn dockerd first and look at it last: it needs seconds that the rest of the start can use."""
         self.bridge = engine.add_bridge(self.env)
+        if self.with_image:
+            image.prefill(self.directory / "docker")
         service = engine.engine(self.directory, self.bridge, self.env)
         self.services[service.name] = service
         service.start()
 
     def _finish_engine(self) -> None:
-        self.services["dockerd"].wait_ready()
-        if self.with_image:
-            self.image = image.ensure_image(self.env)
+        service = self.services["dockerd"]
+        service.wait_ready()
+        if not self.with_image:
+            return
+        self.image = image.ensure_image(self.env)
+        if not image.has_template():
+            call(["docker", "image", "prune", "--force"], env=self.env, timeout=60)  # the build's stages
+            service.stop()
+            image.keep_template(self.directory / "docker")
+            service.start()
+            service.wait_ready()
 
     def describe(self) -> dict[str, Any]:
         """What a client needs; written to cluster.json."""
