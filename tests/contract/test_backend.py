@@ -15,7 +15,7 @@ from orchestrator.backends.base import Backend, JobHandle, JobStatus, SchedulerS
 from orchestrator.errors import BackendError
 from orchestrator.operations.snapshot import ensure_snapshot
 from orchestrator.operations.submission import plan_of, prepare, start_files
-from orchestrator.paths import RootPaths
+from orchestrator.paths import RootPaths, RunPaths
 from orchestrator.plan import Plan
 from tests.fakes.slurm import FakeSlurm
 
@@ -28,11 +28,20 @@ class Case:
     make_plan: Callable[[str], Plan]
     unknown: JobHandle
     started: list[JobHandle] = field(default_factory=list)
+    run_dirs: list[Path] = field(default_factory=list)
 
     def submit(self, name: str = "run") -> JobHandle:
-        handle = self.backend.submit(self.make_plan(name), environ=dict(os.environ))
+        plan = self.make_plan(name)
+        self.run_dirs.append(plan.run_dir)
+        handle = self.backend.submit(plan, environ=dict(os.environ))
         self.started.append(handle)
         return handle
+
+    def cancel(self, handle: JobHandle) -> None:
+        """As `operations.cancel` does it: the tombstone first, so that nothing requeues the job."""
+        for run_dir in self.run_dirs:
+            RunPaths(run_dir).tombstone.touch()
+        self.backend.cancel(handle)
 
     def status(self, handle: JobHandle) -> JobStatus:
         return self.backend.poll([handle])[handle]
@@ -56,6 +65,7 @@ def planner(folder: Path, backend: str) -> Callable[[str], Plan]:
             "root": str(folder / "root"),
             "job": {"command": [sys.executable, "-c", "import time; time.sleep(600)"]},
             "workspace": {"path": str(workspace)},
+            "preemption": {"lead_time": "1s"},  # the program saves nothing: it is ended when this is over
         }
         request = prepare(spec, overrides=(), root=None, environ={})
         ensure_snapshot(request.snapshot, RootPaths(request.root))
@@ -87,7 +97,7 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Case]:
     made = CASES[request.param](tmp_path)
     yield made
     for handle in made.started:
-        made.backend.cancel(handle)
+        made.cancel(handle)
     made.wait_until(lambda: not any(status.state.alive for status in made.backend.poll(made.started).values()))
 
 
@@ -116,9 +126,9 @@ def test_nothing_asked_nothing_answered(case: Case) -> None:
 
 def test_cancel_ends_the_job_and_may_be_repeated(case: Case) -> None:
     handle = case.submit()
-    case.backend.cancel(handle)
+    case.cancel(handle)
     case.wait_until(lambda: not case.status(handle).state.alive)
-    case.backend.cancel(handle)
+    case.cancel(handle)
     assert not case.status(handle).state.alive
 
 
@@ -144,6 +154,6 @@ def test_a_token_nobody_submitted_is_not_found(case: Case) -> None:
 
 def test_an_ended_job_is_never_alive_again(case: Case) -> None:
     handle = case.submit()
-    case.backend.cancel(handle)
+    case.cancel(handle)
     case.wait_until(lambda: not case.status(handle).state.alive)
     assert not case.status(handle).state.alive
