@@ -68,7 +68,7 @@ class Orch:
         except FileNotFoundError:
             return -1
 
-    def wait_for_step(self, run: str, step: int, *, attempt: int = 0, timeout: float = 240) -> None:
+    def wait_for_step(self, run: str, step: int, *, attempt: int = 0, timeout: float = 400) -> None:
         """Until that attempt has made that step; fails at once when the run has ended before."""
 
         def reached() -> bool:
@@ -96,6 +96,11 @@ class Orch:
     def events(self, run: str, kind: str) -> list[dict[str, Any]]:
         """All events of one kind, oldest first."""
         return [event for event in self.status(run)["events"] if event["event"] == kind]
+
+    def attempts(self, run: str) -> list[dict[str, Any]]:
+        """The sidecar's records of the attempts."""
+        records: list[dict[str, Any]] = json.loads((self.run_dir(run) / "sidecar.json").read_text())["attempts"]
+        return records
 
     def story(self, run: str) -> str:
         """Everything a person would look at when a test fails."""

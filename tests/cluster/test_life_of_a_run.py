@@ -1,0 +1,245 @@
+"""What PROTOCOLS 1 promises about names, code and repeated submissions, and how a run ends badly but clearly."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cluster.handle import Cluster
+from tests.cluster.orch import Orch
+
+# Steps that take time and can be saved, without torch: what matters here is everything around the training.
+TRAIN = """
+import json, os, pathlib, sys, time
+from orchestrator.worker.session import Session
+from words import WORD
+
+session = Session.start()
+session.install_signal_handlers()
+run_dir = pathlib.Path(os.environ["ORCH_RUN_DIR"])
+with session.guard():
+    found = session.resume()
+    step = json.loads(found.path.read_text())["step"] if found else 0
+    while not (run_dir / "enough").exists():
+        time.sleep(0.05)
+        step += 1
+        session.report(step, 0, None)
+        with open(run_dir / "said.txt", "a") as said:
+            said.write(f"{session.attempt} {step} {WORD}\\n")
+        if session.stop_requested or step % 40 == 0:
+            session.commit(lambda out: out.write(json.dumps({"step": step}).encode()), step=step, epoch=0)
+        if session.stop_requested:
+            session.stopped(step=step, epoch=0)
+    session.verdict("completed", step=step, epoch=0)
+"""
+
+
+@pytest.fixture
+def orch(cluster: Cluster, tmp_path: Path) -> Orch:
+    return Orch(cluster, tmp_path)
+
+
+def script_spec(orch: Orch, **changes: Any) -> dict[str, Any]:
+    workspace = orch.directory / "code"
+    workspace.mkdir(exist_ok=True)
+    (workspace / "train.py").write_text(TRAIN)
+    (workspace / "words.py").write_text("WORD = 'first'\n")
+    return {
+        "name": "life",
+        "backend": "slurm",
+        "job": {"script": "code/train.py"},
+        "resources": {"mem": "500M", "time": "00:10:00"},
+        "slurm": {"partition": "low"},
+        "workspace": {"path": "code"},
+        "preemption": {"lead_time": "20s"},
+        **changes,
+    }
+
+
+def said(orch: Orch, run: str) -> list[list[str]]:
+    path = orch.run_dir(run) / "said.txt"
+    return [line.split() for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_one_run_whoever_asks_however_often_and_the_code_it_began_with(orch: Orch, cluster: Cluster) -> None:
+    spec = script_spec(orch)
+    first = orch.submit(spec)
+    assert first["action"] == "submitted"
+    run = first["run_id"]
+    orch.wait_for_step(run, 5)
+    again = orch.submit(spec)
+    assert (again["run_id"], again["action"], again["job_id"]) == (run, "already_running", first["job_id"])
+    elsewhere = orch.directory / "elsewhere"
+    elsewhere.mkdir()
+    other = Orch(cluster, elsewhere)
+    answer = other.json("submit", str(orch.directory / "spec.yaml"))
+    assert (answer["run_id"], answer["action"]) == (run, "already_running")
+
+    # An edit makes another run; the one that is running keeps its code, in the next attempt, too.
+    (orch.directory / "code" / "words.py").write_text("WORD = 'second'\n")
+    edited = json.loads(orch.call("submit", str(orch.directory / "spec.yaml"), "--dry-run", "--json").stdout)
+    assert edited["run_id"] != run
+    orch.json("preempt", run)
+    orch.wait_for_step(run, orch.step(run) + 1, attempt=1)
+    (orch.run_dir(run) / "enough").touch()
+    done = orch.wait_for_state(run, "completed")
+    assert {word for _, _, word in said(orch, run)} == {"first"}
+    steps = [int(step) for _, step, _ in said(orch, run)]
+    assert steps == list(range(1, len(steps) + 1)), "a signalled stop repeats and skips no step"
+    assert done["attempt"] == 1
+
+    (orch.directory / "code" / "words.py").write_text("WORD = 'first'\n")
+    assert orch.submit(spec)["action"] == "already_completed"
+    fresh = orch.submit(spec, "--new")
+    assert (fresh["action"], fresh["run_id"]) == ("submitted", f"{run}-2")
+    orch.wait_for_step(fresh["run_id"], 1)
+    orch.json("cancel", fresh["run_id"])
+    cancelled = orch.wait_for_state(fresh["run_id"], "cancelled", timeout=60)
+    assert not cancelled["alive"]
+
+
+def test_a_killed_step_costs_at_most_every_steps(orch: Orch, cluster: Cluster) -> None:
+    run = orch.submit(script_spec(orch, retry={"failure": 1}))["run_id"]
+    orch.wait_for_step(run, 50)
+    job = orch.status(run)["job_id"]
+    cluster.run("scancel", "--signal=KILL", f"{job}.0")
+    orch.wait_for_step(run, 41, attempt=1)
+    (orch.run_dir(run) / "enough").touch()
+    orch.wait_for_state(run, "completed")
+    first = [int(step) for attempt, step, _ in said(orch, run) if attempt == "0"]
+    second = [int(step) for attempt, step, _ in said(orch, run) if attempt == "1"]
+    assert second[0] == 41 if first[-1] < 80 else second[0] == 81
+    assert first[-1] - second[0] + 1 <= 40
+
+
+def test_a_cancelled_run_is_refused_until_resume_lifts_the_tombstone(orch: Orch) -> None:
+    spec = script_spec(orch)
+    run = orch.submit(spec)["run_id"]
+    orch.wait_for_step(run, 3)
+    orch.json("cancel", run)
+    status = orch.wait_for_state(run, "cancelled", timeout=60)
+    assert status["last_checkpoint"] is not None, "a cancelled run has saved, too"
+    refused = orch.call("submit", str(orch.directory / "spec.yaml"))
+    assert refused.returncode == 7
+    assert "orch resume" in refused.stderr
+    assert orch.json("resume", run)["action"] == "resumed"
+    orch.wait_for_step(run, status["last_checkpoint"]["step"] + 1, attempt=1)
+    (orch.run_dir(run) / "enough").touch()
+    orch.wait_for_state(run, "completed")
+
+
+def test_scancel_by_hand_is_a_cancellation_too(orch: Orch, cluster: Cluster) -> None:
+    run = orch.submit(script_spec(orch))["run_id"]
+    orch.wait_for_step(run, 3)
+    cluster.run("scancel", orch.status(run)["job_id"])
+    status = orch.wait_for_state(run, "cancelled", timeout=60)
+    assert status["exit_reason"] == "cancelled"
+
+
+def test_the_time_limit_is_a_stop_like_any_other(orch: Orch) -> None:
+    spec = script_spec(orch, resources={"mem": "500M", "time": "00:01:00"}, preemption={"lead_time": "30s"})
+    run = orch.submit(spec)["run_id"]
+    orch.wait_for_step(run, 1, attempt=1, timeout=200)
+    (orch.run_dir(run) / "enough").touch()
+    orch.wait_for_state(run, "completed")
+    first = orch.attempts(run)[0]
+    assert (first["exit_reason"], first["outcome"]) == ("time_limit", "saved")
+
+
+@pytest.mark.parametrize("runtime", ["none", "docker"])
+def test_a_program_without_our_library_ends_by_its_exit_code(orch: Orch, cluster: Cluster, runtime: str) -> None:
+    container = {"runtime": "docker", "image": cluster.image} if runtime == "docker" else {"runtime": "none"}
+    good = script_spec(orch, job={"command": ["python3", "-c", "print('fine')"]}, container=container)
+    bad = script_spec(orch, job={"command": ["python3", "-c", "raise SystemExit('boom')"]}, container=container)
+    one, two = orch.submit(good)["run_id"], orch.submit(bad)["run_id"]
+    orch.wait_for_state(one, "completed", timeout=60)
+    failed = orch.wait_for_state(two, "failed", timeout=60)
+    assert failed["exit_reason"] == "failure"
+    assert "boom" in orch.call("status", two).stdout
+    waited = orch.call("wait", two)
+    assert waited.returncode == 1
+
+
+def test_an_image_that_is_not_there_is_named_with_the_fix(orch: Orch) -> None:
+    image = "sha256:" + "1" * 64
+    run = orch.submit(script_spec(orch, container={"runtime": "docker", "image": image}))["run_id"]
+    failed = orch.wait_for_state(run, "failed", timeout=60)
+    assert failed["exit_reason"] == "container_failure"
+    told = orch.call("status", run).stdout
+    assert image[:20] in told
+    assert "load it on every node" in told
+
+
+def test_an_engine_that_is_down_is_named_with_the_fix(orch: Orch, cluster: Cluster) -> None:
+    spec = script_spec(orch, container={"runtime": "docker", "image": cluster.image})
+    path = orch.write_spec(spec)
+    run = orch.json("submit", str(path), env={"DOCKER_HOST": "unix:///nowhere/docker.sock"})["run_id"]
+    failed = orch.wait_for_state(run, "failed", timeout=60)
+    assert failed["exit_reason"] == "container_failure"
+    assert "no container engine answers" in orch.call("status", run).stdout
+
+
+def test_a_crash_in_the_first_step_quotes_the_program(orch: Orch) -> None:
+    spec = script_spec(orch)
+    (orch.directory / "code" / "words.py").write_text("raise ValueError('no words today')\n")
+    run = orch.submit(spec)["run_id"]
+    failed = orch.wait_for_state(run, "failed", timeout=60)
+    assert "no words today" in orch.call("status", run).stdout
+    assert failed["attempt"] == 0, "retry.failure is 0 unless asked for"
+
+
+def test_an_unknown_partition_is_told_in_slurms_words_and_leaves_nothing(orch: Orch) -> None:
+    spec = script_spec(orch, slurm={"partition": "nowhere"})
+    done = orch.call("submit", str(orch.write_spec(spec)))
+    assert done.returncode == 3
+    assert "nowhere" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert orch.json("ps", "--root", str(orch.root)) == [] or not any((orch.root / "runs").glob("*/sidecar.json"))
+
+
+def test_without_sbatch_the_hint_names_the_local_backend(orch: Orch) -> None:
+    path = orch.write_spec(script_spec(orch))
+    done = orch.call("submit", str(path), env={"PATH": "/nonexistent"})
+    assert done.returncode == 3
+    assert "sbatch" in done.stderr
+    assert "hint:" in done.stderr
+
+
+@pytest.fixture
+def tiny_disk(cluster: Cluster, tmp_path: Path) -> Iterator[Path]:
+    """A file system of 256 KiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    cluster.run("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk))
+    yield disk
+    cluster.run("umount", "--lazy", str(disk))
+
+
+def test_a_full_disk_during_a_save_loses_nothing(orch: Orch, tiny_disk: Path) -> None:
+    spec = script_spec(orch, checkpoint={"uri": str(tiny_disk), "keep_last": 2})
+    big = TRAIN.replace('json.dumps({"step": step})', 'json.dumps({"step": step, "x": "y" * (3000 * step)})')
+    assert big != TRAIN
+    (orch.directory / "code" / "train.py").write_text(big)
+    run = orch.submit(spec)["run_id"]
+    failed = orch.wait_for_state(run, "failed", timeout=60)
+    assert failed["exit_reason"] == "checkpoint_failure"
+    told = orch.call("status", run).stdout
+    assert "No space left" in told or "full" in told
+    assert failed["last_checkpoint"]["step"] == 40
+    assert Path(failed["last_checkpoint"]["path"]).stat().st_size > 120_000
+
+
+def test_without_slurmdbd_a_run_is_followed_to_its_end(cluster_without_accounting: Cluster, tmp_path: Path) -> None:
+    orch = Orch(cluster_without_accounting, tmp_path)
+    run = orch.submit(script_spec(orch))["run_id"]
+    orch.wait_for_step(run, 3)
+    assert orch.status(run)["state"] == "running"
+    orch.json("preempt", run)
+    orch.wait_for_step(run, orch.step(run) + 1, attempt=1)
+    (orch.run_dir(run) / "enough").touch()
+    waited = orch.json("wait", run, "--timeout", "60", timeout=90)
+    assert waited["state"] == "completed"

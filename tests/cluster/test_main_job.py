@@ -1,0 +1,98 @@
+"""The main job on the real cluster: submitted, stopped in every ordinary way, resumed, finished, the same bit for bit."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.data.digits import write_digits
+from tests.cluster.handle import Cluster
+from tests.cluster.orch import REPOSITORY, Orch
+from tests.equality import assert_same_run
+
+IMAGES = 640
+EPOCHS = 5
+BATCH = 64
+STEPS = IMAGES // BATCH * EPOCHS
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("data") / "digits"
+    assert write_digits(directory, limit=IMAGES) == IMAGES
+    return directory
+
+
+@pytest.fixture
+def orch(cluster: Cluster, tmp_path: Path) -> Orch:
+    return Orch(cluster, tmp_path)
+
+
+def main_job(cluster: Cluster, digits: Path, *, nodes: int, nproc: int, runtime: str) -> dict[str, Any]:
+    container: dict[str, Any] = {"runtime": "none"}
+    data = str(digits)
+    if runtime == "docker":
+        data = "/data/digits"
+        mount = {"source": str(digits), "target": data, "read_only": True}
+        container = {"runtime": "docker", "image": cluster.image, "mounts": [mount]}
+    arguments = {
+        "data": data, "method": "simclr", "model": "orch/resnet9", "epochs": EPOCHS, "batch_size": BATCH, "seed": 3,
+        "num_workers": 1, "log_every_n_steps": 1,
+    }  # fmt: skip
+    return {
+        "name": "digits-simclr",
+        "backend": "slurm",
+        "job": {"module": "jobs.pretrain", "args": arguments},
+        "container": container,
+        "resources": {"nodes": nodes, "cpus_per_task": nproc, "mem": "3G", "time": "00:30:00"},
+        "slurm": {"partition": "low"},
+        "torchrun": {"nproc_per_node": nproc},
+        "checkpoint": {"every_steps": 10, "every_epochs": None},
+        "preemption": {"lead_time": "60s"},
+        "workspace": {"path": str(REPOSITORY), "exclude": ["tests", "docs"]},
+        "env": {"OMP_NUM_THREADS": "1"},
+    }
+
+
+def assert_no_step_was_lost_or_repeated(orch: Orch, run: str) -> None:
+    """After a signalled stop: each attempt starts at the step at which the one before stopped."""
+    attempts = orch.attempts(run)
+    assert len(attempts) > 1
+    for before, after in itertools.pairwise(attempts):
+        assert after["step_start"] == before["step_end"], attempts
+    rows = (orch.run_dir(run) / "metrics.csv").read_text().splitlines()[1:]
+    steps = [row.split(",")[0] for row in rows if row.split(",")[2] == "loss_step"]
+    assert len(steps) == len(set(steps)) == STEPS
+
+
+def test_docker_on_two_nodes_preempted_three_times_equals_the_untouched_run(
+    orch: Orch, cluster: Cluster, digits: Path
+) -> None:
+    spec = main_job(cluster, digits, nodes=2, nproc=2, runtime="docker")
+    run = orch.submit(spec)["run_id"]
+    for attempt in range(3):
+        orch.wait_for_step(run, orch.step(run) + random.randint(3, 12), attempt=attempt)
+        if attempt == 1:
+            orch.json("preempt", run, "--root", str(orch.root))
+        else:
+            cluster.preempt(nodes=3, seconds=1)
+        cluster.wait("the stop", lambda n=attempt: (orch.run_dir(run) / f"verdict-{n:03d}.json").exists(), timeout=60)
+    done = orch.wait_for_state(run, "completed", timeout=400)
+    assert done["attempt"] == 3
+    assert [event["cause"] for event in orch.events(run, "signalled") if event["node"] == "n1"] == ["preempted"] * 3
+    assert_no_step_was_lost_or_repeated(orch, run)
+    for number in range(3):
+        verdict = json.loads((orch.run_dir(run) / f"verdict-{number:03d}.json").read_text())
+        assert (verdict["outcome"], verdict["reason"]) == ("saved", "preempted")
+    assert cluster.containers() == []
+    calm = orch.submit({**spec, "root": str(orch.directory / "calm")})
+    calm_orch = Orch(cluster, orch.directory)
+    calm_orch.root = orch.directory / "calm"
+    assert calm["run_id"] == run
+    assert calm_orch.wait_for_state(run, "completed", timeout=400)["attempt"] == 0
+    assert_same_run(calm_orch.run_dir(run), orch.run_dir(run))
