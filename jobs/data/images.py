@@ -79,7 +79,7 @@ def _load_square(path: Path, size: int) -> Tensor:
     with _open(path) as image:
         try:
             rgb = image.convert("RGB")
-        except OSError as error:
+        except (OSError, SyntaxError) as error:  # Pillow raises the latter for a broken PNG chunk
             raise SpecError(f"data: cannot decode {path}: {error}", hint="replace or remove this file") from error
     side = min(rgb.size)
     left, top = (rgb.width - side) // 2, (rgb.height - side) // 2

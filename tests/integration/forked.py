@@ -65,7 +65,7 @@ def _become(body: Callable[[], object], environment: dict[str, str], output: Pat
         code = 0
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (the child ends here whatever it raised)
         traceback.print_exc()
     finally:
         sys.stdout.flush()
@@ -83,7 +83,8 @@ def run_ranks(
 ) -> list[int]:
     """Run `body` as every rank of one attempt and return the exit codes by rank (negative: the signal that killed it).
 
-    Each rank leads a session of its own, as under torchrun. `watch` is called with the pids at every poll. As torchrun does, the other ranks are ended when one was killed. Raises TimeoutError, after ending all, when they hang.
+    Each rank leads a session of its own, as under torchrun, and the others are ended when one was killed. `watch` is
+    called with the pids at every poll. Raises TimeoutError, after ending all, when they hang.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()

@@ -1,7 +1,7 @@
 """The cases in which Lightning's own resume goes wrong (docs/exact-resume.md, section 5): each must be exact here.
 
-An exact run ends with the same weights, optimizer state and metrics.csv as the run that nobody touched, bit for bit, and
-after a signal it executes no training step twice.
+An exact run ends with the same weights, optimizer state and metrics.csv as the run that nobody touched, bit for bit,
+and after a signal it executes no training step twice.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""jobs.pretrain, interrupted from outside at random moments: the same exported weights, optimizer state and metrics.csv as
-the run nobody touched, bit for bit, at world sizes 1, 2 and 4, with DataLoader workers."""
+"""jobs.pretrain, interrupted from outside at random moments: the same exported weights, optimizer state and metrics.csv
+as the run nobody touched, bit for bit, at world sizes 1, 2 and 4, with DataLoader workers."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_signal_before_the_first_step_and_one_after_the_last(
 
 
 def test_under_a_bare_torchrun(settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path) -> None:
-    """No ORCH_* variables: the ranks agree on the run through torchrun's store, save, pass a barrier and exit with 75."""
+    """No ORCH_* variables: the ranks agree through torchrun's store, save, pass a barrier and exit with 75."""
     values = {**settings.model_dump(mode="json", exclude_defaults=True), "out": str(tmp_path)}
     words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]

@@ -1,5 +1,6 @@
-"""A small trainer that uses everything a restart could break: batch norm, dropout, a queue that is updated in the module's
-own `on_train_batch_end`, an EMA copy, validation, epoch means, a torchmetrics attribute, DataLoader workers."""
+"""A small trainer that uses everything a restart could break: batch norm, dropout, a queue that is updated in the
+module's own `on_train_batch_end`, a running average, validation, epoch means, a torchmetrics attribute, DataLoader
+workers."""
 
 from __future__ import annotations
 

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import pytest
+
+from orchestrator.errors import CheckpointError
+from orchestrator.integrations.torch import Agreement, SaveSchedule, agree
+from orchestrator.worker.session import CheckpointSettings
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    assert agree("mine") == "mine"
+    agreement = Agreement(2, world_size=1)
+    agreement.begin([0, 1])
+    assert agreement.finish() == [0, 1]
+    assert agreement.minimum(7) == 7
+    assert agreement.gather({"a": 1}) == [{"a": 1}]
+    agreement.barrier()
+
+
+def test_finishing_what_never_began_is_an_error() -> None:
+    agreement = Agreement(1, world_size=1)
+    agreement._group = object()
+    with pytest.raises(CheckpointError, match="begin"):
+        agreement.finish()
+
+
+def test_saves_fall_on_the_same_steps_whatever_happened_before() -> None:
+    schedule = SaveSchedule(CheckpointSettings(every_steps=5, every_epochs=2))
+    assert [step for step in range(1, 13) if schedule.due_at_step(step)] == [5, 10]
+    assert [epoch for epoch in range(1, 6) if schedule.due_after_epoch(epoch)] == [2, 4]
+    assert not schedule.due_by_time()
+    nothing = SaveSchedule(CheckpointSettings(every_epochs=None))
+    assert not any(nothing.due_at_step(step) or nothing.due_after_epoch(step) for step in range(1, 50))
+
+
+def test_minutes_count_from_the_last_save() -> None:
+    schedule = SaveSchedule(CheckpointSettings(every_minutes=1e-9))
+    assert schedule.due_by_time()
+    schedule.saved(3)
+    assert schedule.is_saved(3)
+    assert not schedule.is_saved(4)

@@ -1,0 +1,377 @@
+"""Session: who am I, must I stop, how do I save, how do I leave. No torch, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from orchestrator.errors import CheckpointError, Fenced
+from orchestrator.paths import RunPaths
+from orchestrator.registry import read_events
+from orchestrator.states import ExitReason
+from orchestrator.worker.session import CheckpointSettings, Session, identify
+from orchestrator.worker.stop import DEADLINE_MARGIN_S, DeadlineWatchdog, StopRequest
+
+
+class Exited(BaseException):
+    """Stands for the end of the process."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def exit_process(code: int) -> NoReturn:
+    raise Exited(code)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Session]]:
+    """Starts managed sessions; their threads end with the test."""
+    sessions: list[Session] = []
+
+    def build(*, rank: int = 0, attempt: int = 0, managed: bool = True, **environ: str) -> Session:
+        base = {"RANK": str(rank), "ORCH_RUN_DIR": str(tmp_path), "ORCH_ATTEMPT": str(attempt)}
+        if managed:
+            base |= {"ORCH_RUN_ID": "run-1", "ORCH_DEADLINE_FILE": str(tmp_path / "deadline.json")}
+        session = Session.start(environ=base | environ, default_dir=tmp_path, exit_process=exit_process)
+        sessions.append(session)
+        return session
+
+    yield build
+    for session in sessions:
+        session.close()
+
+
+@pytest.fixture
+def restored_signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def verdict(run_dir: Path, attempt: int = 0, rank: int | None = None) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(RunPaths(run_dir).verdict(attempt, rank).read_text())
+    return content
+
+
+def eventually(condition: Callable[[], bool], *, within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not condition() and time.monotonic() < deadline:
+        threading.Event().wait(0.01)
+    return condition()
+
+
+# --- identity
+
+
+@pytest.mark.parametrize(
+    ("environ", "run_id"),
+    [
+        ({"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}, "7_3"),
+        ({"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "elastic"}, "7"),
+        ({"TORCHELASTIC_RUN_ID": "elastic"}, "elastic"),
+    ],
+)
+def test_run_id_without_orch_submit(tmp_path: Path, environ: dict[str, str], run_id: str) -> None:
+    identity = identify(environ, default_dir=tmp_path, agree=None)
+    assert (identity.run_id, identity.managed) == (run_id, False)
+
+
+def test_torchruns_default_run_id_is_no_identity(tmp_path: Path) -> None:
+    environ = {"TORCHELASTIC_RUN_ID": "none"}
+    first, second = (identify(environ, default_dir=tmp_path, agree=None).run_id for _ in range(2))
+    assert first != second
+    assert len(first) == 12
+
+
+def test_ranks_take_rank_zeros_identity(tmp_path: Path) -> None:
+    said = json.dumps({"run_id": "chief", "run_dir": str(tmp_path / "there"), "attempt": 4})
+    identity = identify({"RANK": "1", "WORLD_SIZE": "2"}, default_dir=tmp_path, agree=lambda _mine: said)
+    assert (identity.run_id, identity.run_dir, identity.attempt) == ("chief", tmp_path / "there", 4)
+    with pytest.raises(CheckpointError, match="agree"):
+        identify({"RANK": "1", "WORLD_SIZE": "2"}, default_dir=tmp_path, agree=None)
+
+
+def test_standalone_attempts_are_counted_by_what_they_left(tmp_path: Path, start: Callable[..., Session]) -> None:
+    start(managed=False).verdict("saved", step=1, epoch=0)
+    assert start(managed=False).attempt == 1
+
+
+def test_default_directory_is_below_the_root(tmp_path: Path) -> None:
+    identity = identify({"SLURM_JOB_ID": "7", "ORCH_ROOT": str(tmp_path)}, default_dir=None, agree=None)
+    assert identity.run_dir == tmp_path / "runs" / "7"
+
+
+def test_the_plan_of_orch_submit_decides(tmp_path: Path, start: Callable[..., Session]) -> None:
+    plan = {
+        "checkpoint": {
+            "uri": "/somewhere",
+            "every_steps": 5,
+            "every_minutes": None,
+            "every_epochs": None,
+            "keep_last": 2,
+        },
+        "signal": "USR2",
+        "code_hash": "abc",
+        "container": {"image": "sha256:1"},
+    }
+    (tmp_path / "plan").mkdir()
+    RunPaths(tmp_path).agent_plan.write_text(json.dumps(plan))
+    session = start(ORCH_CHECKPOINT_URI=str(tmp_path / "elsewhere"))
+    assert session.settings == CheckpointSettings(every_steps=5, every_minutes=None, every_epochs=None, keep_last=2)
+    assert session.signals == (signal.SIGUSR2, signal.SIGTERM)
+    session.resume()
+    manifest = session.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+    assert (manifest.code_hash, manifest.image) == ("abc", "sha256:1")
+    assert Path(session.checkpoint_path(manifest)).parent == tmp_path / "elsewhere"
+
+
+# --- being stopped
+
+
+@pytest.mark.usefixtures("restored_signals")
+def test_signals_only_set_a_flag_and_the_first_one_counts(start: Callable[..., Session]) -> None:
+    session = start()
+    session.install_signal_handlers()
+    session.install_signal_handlers()
+    assert not session.stop_requested
+    os.kill(os.getpid(), signal.SIGUSR1)
+    first = session.signalled_at
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert session.stop_requested
+    assert session.signalled_at == first
+
+
+def test_the_deadline_is_read_anew_because_a_second_signal_shortens_it(tmp_path: Path) -> None:
+    file = tmp_path / "deadline.json"
+    request = StopRequest(file, clock=lambda: 100.0)
+    assert request.deadline() is None
+    file.write_text('{"deadline": 130, "cause": "preempted"}')
+    assert request.seconds_left() == 30 - DEADLINE_MARGIN_S
+    file.write_text('{"deadline": 110}')
+    assert request.seconds_left() == 10 - DEADLINE_MARGIN_S
+    file.write_text('{"dead')
+    assert request.seconds_left() == 10 - DEADLINE_MARGIN_S
+    file.unlink()
+    assert request.seconds_left() == 10 - DEADLINE_MARGIN_S
+
+
+def test_the_watchdog_acts_only_after_a_signal_and_the_deadline(tmp_path: Path) -> None:
+    file = tmp_path / "deadline.json"
+    file.write_text('{"deadline": 0}')
+    request = StopRequest(file)
+    missed = threading.Event()
+    watchdog = DeadlineWatchdog(request, missed.set)
+    watchdog.start()
+    assert not missed.wait(0.6)
+    request.signalled_at = time.time()
+    assert missed.wait(5)
+    watchdog.join(5)
+
+
+def test_the_watchdog_ends_a_process_that_reaches_no_step_boundary(tmp_path: Path) -> None:
+    """The main thread hangs in a call that never returns; the deadline still ends the process, with a verdict."""
+    program = """
+import os, signal, threading, time
+from orchestrator.worker.session import Session
+session = Session.start()
+session.install_signal_handlers()
+session.resume()
+session.commit(lambda file: file.write(b"x"), step=3, epoch=1)
+session.report(5, 1, None)
+os.kill(os.getpid(), signal.SIGTERM)
+threading.Event().wait()
+"""
+    (tmp_path / "deadline.json").write_text(json.dumps({"deadline": time.time() + 2.0}))
+    environ = {
+        "ORCH_RUN_ID": "r",
+        "ORCH_RUN_DIR": str(tmp_path),
+        "ORCH_ATTEMPT": "0",
+        "ORCH_DEADLINE_FILE": str(tmp_path / "deadline.json"),
+    }
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environ, timeout=30, check=False)
+    assert done.returncode == 0  # under orch: PID 1 reads the verdict
+    said = verdict(tmp_path)
+    assert (said["outcome"], said["reason"], said["step"]) == ("unsaved", "deadline_missed", 5)
+    assert "the checkpoint of step 3 stands" in said["message"]
+
+
+# --- checkpoints
+
+
+def test_commit_is_found_by_the_next_attempt(tmp_path: Path, start: Callable[..., Session]) -> None:
+    first = start()
+    assert first.resume() is None
+    first.report(3, 0, 10)
+    first.commit(lambda file: file.write(b"weights"), step=3, epoch=0)
+    second = start(attempt=1)
+    found = second.resume()
+    assert found is not None
+    assert found.path.read_bytes() == b"weights"
+    assert second.resumed_step == 3
+    events = [(event["event"], event["attempt"]) for event in read_events(RunPaths(tmp_path))]
+    assert events == [("checkpoint_committed", 0), ("resumed", 1)]
+    assert json.loads((tmp_path / "progress.json").read_text())["step"] == 3
+
+
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    first = start()
+    first.resume()
+    first.commit(lambda file: file.write(b"good"), step=1, epoch=0)
+    damaged = first.commit(lambda file: file.write(b"soon bad"), step=2, epoch=0)
+    path = Path(first.checkpoint_path(damaged))
+    path.chmod(0o600)
+    path.write_bytes(b"SOON BAD")
+    second = start(attempt=1)
+    found = second.resume()
+    assert found is not None
+    assert found.manifest.step == 1
+    rejected = [event for event in read_events(RunPaths(tmp_path)) if event["event"] == "checkpoint_rejected"]
+    assert len(rejected) == 1
+    assert path.name in rejected[0]["path"]
+
+
+def test_old_checkpoints_are_removed_but_not_while_stopping(tmp_path: Path, start: Callable[..., Session]) -> None:
+    session = start()
+    session.settings = CheckpointSettings(keep_last=2)
+    session.resume()
+    for step in range(1, 5):
+        session.commit(lambda file: file.write(b"x"), step=step, epoch=0)
+    assert [manifest.step for manifest in session.store.manifests()] == [4, 3]
+    session._stop.signalled_at = time.time()
+    session.commit(lambda file: file.write(b"x"), step=5, epoch=0)
+    assert [manifest.step for manifest in session.store.manifests()] == [5, 4, 3]
+
+
+def test_other_ranks_neither_search_nor_write(tmp_path: Path, start: Callable[..., Session]) -> None:
+    session = start(rank=1)
+    assert session.resume() is None
+    session.report(1, 0, None)
+    session.event("anything")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_commit_without_a_fence_is_refused(start: Callable[..., Session]) -> None:
+    with pytest.raises(CheckpointError, match="resume"):
+        start().commit(lambda file: file.write(b"x"), step=1, epoch=0)
+
+
+# --- leaving
+
+
+def test_after_a_save_all_ranks_of_a_managed_run_leave_with_zero(tmp_path: Path, start: Callable[..., Session]) -> None:
+    barriers: list[int] = []
+    for rank in (0, 1):
+        session = start(rank=rank)
+        if rank == 0:
+            session.resume()
+            session._stop.signalled_at = time.time() - 2
+            session.commit(lambda file: file.write(b"x"), step=8, epoch=1)
+        with pytest.raises(Exited) as exited:
+            session.stopped(step=8, epoch=1, barrier=lambda: barriers.append(1))
+        assert exited.value.code == 0
+    said = verdict(tmp_path)
+    assert (said["outcome"], said["reason"], said["step"], said["rank"]) == ("saved", "preempted", 8, 0)
+    assert said["checkpoint"].endswith(".ckpt")
+    assert 2 <= said["saved_in_s"] < 10
+    assert barriers == []
+    assert not RunPaths(tmp_path).verdict(0, 1).exists()
+
+
+def test_without_orch_ranks_meet_before_they_leave_with_75(start: Callable[..., Session]) -> None:
+    session = start(managed=False)
+    barriers: list[int] = []
+    with pytest.raises(Exited) as exited:
+        session.stopped(step=8, epoch=1, barrier=lambda: barriers.append(1))
+    assert (exited.value.code, barriers) == (75, [1])
+
+
+def test_a_failure_is_written_by_the_rank_that_failed(tmp_path: Path, start: Callable[..., Session]) -> None:
+    session = start(rank=3, WORLD_SIZE="4")
+    session.report(5, 1, None)
+    with pytest.raises(ZeroDivisionError), session.guard():
+        _ = 1 / 0
+    said = verdict(tmp_path, rank=3)
+    assert (said["outcome"], said["reason"], said["rank"], said["step"]) == ("failed", "failure", 3, 5)
+    assert said["message"] == "ZeroDivisionError: division by zero"
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (CheckpointError("disk full"), "checkpoint_failure"),
+        (MemoryError(), "out_of_memory"),
+        (SystemExit(3), "failure"),
+    ],
+)
+def test_what_failed_decides_the_reason(
+    tmp_path: Path, start: Callable[..., Session], error: BaseException, reason: str
+) -> None:
+    with pytest.raises(type(error)), start().guard():
+        raise error
+    assert verdict(tmp_path)["reason"] == reason
+
+
+def test_leaving_with_success_is_no_failure(tmp_path: Path, start: Callable[..., Session]) -> None:
+    with pytest.raises(SystemExit), start().guard():
+        raise SystemExit(0)
+    assert not RunPaths(tmp_path).verdict(0).exists()
+
+
+def test_a_fenced_attempt_never_restarts(tmp_path: Path, start: Callable[..., Session]) -> None:
+    old = start()
+    old.resume()
+    start(attempt=1).resume()
+    with pytest.raises(Exited) as exited, old.guard():
+        old.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+    assert exited.value.code == 93
+    assert (verdict(tmp_path)["outcome"], verdict(tmp_path)["reason"]) == ("fenced", "fenced")
+
+
+def test_a_connection_that_breaks_because_rank_zero_left_is_no_failure(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    start().verdict("unsaved", step=1, epoch=0, reason=ExitReason.DEADLINE_MISSED)
+    with pytest.raises(Exited) as exited, start(rank=1).guard():
+        raise RuntimeError("connection closed by peer")
+    assert exited.value.code == 0
+    assert not RunPaths(tmp_path).verdict(0, 1).exists()
+
+
+def test_the_first_verdict_stands_unless_a_failure_follows(tmp_path: Path, start: Callable[..., Session]) -> None:
+    session = start()
+    session.verdict("saved", step=4, epoch=0)
+    session.verdict("unsaved", step=4, epoch=0)
+    assert verdict(tmp_path)["outcome"] == "saved"
+    session.verdict("failed", step=4, epoch=0)
+    assert verdict(tmp_path)["outcome"] == "failed"
+
+
+def test_fenced_is_raised_not_swallowed_outside_a_guard(start: Callable[..., Session]) -> None:
+    old = start()
+    old.resume()
+    start(attempt=1).resume()
+    with pytest.raises(Fenced):
+        old.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+
+
+def test_the_session_needs_neither_torch_nor_pydantic() -> None:
+    program = (
+        "import sys, orchestrator.worker.session; print([m for m in ('torch', 'pydantic', 'yaml') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"
