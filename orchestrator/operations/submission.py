@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
@@ -220,6 +221,8 @@ def _submit_locked(
     backend = open_backend(request.spec.backend)
     if record.submission is not None and record.submission.job_id is None:
         record = reconcile(record, open_backend)
+        if record.submission is not None and record.submission.job_id is not None:
+            _write_secrets(request.spec, paths, environ)  # taken away when its submitter failed
     standing = ask_or_raise(record, open_backend)
     done = nothing_to_do(record, standing)
     if done is not None:
@@ -360,9 +363,11 @@ def _write_run(spec: JobSpec, plan: Plan, paths: RunPaths, environ: Mapping[str,
     write_atomic(paths.spec, dump_spec(spec).encode())
     if not paths.labels.exists():
         write_json(paths.labels, {"version": 1, "tags": list(spec.tags), "notes": spec.notes})
-    if spec.secrets:
-        import json
+    _write_secrets(spec, paths, environ)
 
+
+def _write_secrets(spec: JobSpec, paths: RunPaths, environ: Mapping[str, str]) -> None:
+    if spec.secrets:
         values = {name: environ[name] for name in spec.secrets}
         write_atomic(paths.secrets, json.dumps(values).encode(), mode=0o600)
 
