@@ -42,7 +42,7 @@ class ProgressWriter:
         self._pending = threading.Event()
         self._closing = threading.Event()
         self._writing = threading.Lock()
-        self._failed: str | None = None
+        self._failed: int | None = None  # errno of the last failure: the same one is logged once
         self._thread = threading.Thread(target=self._run, name="orch-progress", daemon=True)
         self._thread.start()
 
@@ -89,9 +89,9 @@ class ProgressWriter:
             self._closing.wait(self._interval_s)
 
     def _complain(self, error: OSError) -> None:
-        if self._failed != str(error):
-            self._failed = str(error)
-            _log.warning("progress is not being recorded in %s: %s", self._path, error)
+        if self._failed != error.errno:
+            self._failed = error.errno
+            _log.warning("progress is not being recorded in %s: %s", self._path, error.strerror)
 
     def __enter__(self) -> Self:
         return self
@@ -117,7 +117,7 @@ class HeartbeatThread(threading.Thread):
         self._interval_s = interval_s
         self._clock = clock
         self._stop_requested = threading.Event()
-        self._failed: str | None = None
+        self._failed: int | None = None  # errno of the last failure: the same one is logged once
 
     def run(self) -> None:
         while True:
@@ -131,9 +131,9 @@ class HeartbeatThread(threading.Thread):
             write_json(self._path, beat)
             self._failed = None
         except OSError as error:  # the training goes on; the readers of heartbeats ask the scheduler first
-            if self._failed != str(error):
-                self._failed = str(error)
-                _log.warning("the heartbeat cannot be written to %s: %s", self._path, error)
+            if self._failed != error.errno:
+                self._failed = error.errno
+                _log.warning("the heartbeat cannot be written to %s: %s", self._path, error.strerror)
 
     def stop(self) -> None:
         """End the thread; returns when it has ended."""

@@ -134,11 +134,15 @@ def polled(directory: Path) -> Iterator[list[int]]:
         pointer = directory / "last.ckpt"
         while not done.wait(0.0005):
             try:
-                data = pointer.read_bytes()
+                target = pointer.readlink()
             except FileNotFoundError:
-                continue  # no commit yet, or swapped and collected between two system calls
+                if seen:
+                    torn.append("no pointer, though there had been one")
+                continue
             try:
-                seen.append(committer.parse_content(data)[0])
+                seen.append(committer.parse_content((directory / target).read_bytes())[0])
+            except FileNotFoundError:
+                continue  # swapped and collected between two system calls
             except ValueError as error:
                 torn.append(str(error))
 

@@ -115,6 +115,24 @@ def test_the_disk_error_is_told_not_what_the_serialiser_made_of_it(store: PosixS
     assert "keep_last" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize("operation", COMMIT[:11])
+def test_a_replaced_attempt_that_asks_after_the_take_over_leaves_the_pointer_alone(
+    store: PosixStore, operation: str
+) -> None:
+    _, old = take_over(store, attempt=0)
+    base = save(store, old, 1)
+    new_store = PosixStore(store.directory)
+
+    def trace(op: str) -> None:
+        if op == operation:
+            new_store.open_epoch(attempt=1, base=base, discard_newer=True)
+
+    with pytest.raises(Fenced):
+        save(store, old, 2, trace)
+    assert (store.directory / "last.ckpt").readlink().name == base.name.data
+    assert new_store.manifests() == [base]
+
+
 # --- epochs
 
 
