@@ -1,0 +1,122 @@
+"""The rendered script, executed by bash with stand-ins for srun and the agent: exit codes, signals, order of events."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.plan import render_plan
+from orchestrator.spec import parse_spec
+
+# srun: notes its arguments and each USR1, and ends with the code in the file `code` once the file `end` is there.
+SRUN = """#!/bin/bash
+trap 'echo told >> "$STAGE/log"' USR1
+trap 'echo "srun got TERM" >> "$STAGE/log"; exit 137' TERM
+echo "srun $ORCH_ATTEMPT_BASE" >> "$STAGE/log"
+until [ -e "$STAGE/end" ]; do sleep 0.02; done
+exit "$(cat "$STAGE/code")"
+"""
+PYTHON = """#!/bin/bash
+echo "agent $3 status $6" >> "$STAGE/log"
+exit "$(cat "$STAGE/finish-code")"
+"""
+
+
+class Stage:
+    """A node with stand-ins on PATH."""
+
+    def __init__(self, directory: Path, **slurm: Any) -> None:
+        self.directory = directory
+        for name, text in (("srun", SRUN), ("python", PYTHON)):
+            (directory / name).write_text(text)
+            (directory / name).chmod(0o755)
+        spec = {"name": "run", "backend": "slurm", "job": {"module": "m"}, "slurm": slurm}
+        plan = render_plan(
+            parse_spec(spec, base_dir=directory),
+            run_id="run-0123456789",
+            root=directory,
+            code_hash="c",
+            attempt_base=4,
+            python=str(directory / "python"),
+        )
+        (directory / "script").write_text(plan.script)
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, *, code: int = 0, finish: int = 0) -> None:
+        (self.directory / "code").write_text(str(code))
+        (self.directory / "finish-code").write_text(str(finish))
+        environ = {"PATH": f"{self.directory}:{os.environ['PATH']}", "STAGE": str(self.directory)}
+        self.process = subprocess.Popen(["bash", self.directory / "script"], env=environ)
+
+    def log(self) -> list[str]:
+        path = self.directory / "log"
+        return path.read_text().splitlines() if path.exists() else []
+
+    def wait(self, what: Callable[[], Any]) -> None:
+        until = time.monotonic() + 20
+        while not what():
+            assert time.monotonic() < until, self.log()
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        (self.directory / "end").touch()
+        assert self.process is not None
+        return self.process.wait(timeout=20)
+
+
+@pytest.mark.parametrize(("code", "finish"), [(0, 0), (75, 75), (1, 1), (137, 75), (93, 93)])
+def test_the_agent_judges_and_its_code_is_the_script_s(tmp_path: Path, code: int, finish: int) -> None:
+    stage = Stage(tmp_path)
+    stage.start(code=code, finish=finish)
+    assert stage.end() == finish
+    assert stage.log() == ["srun 4", f"agent finish status {code}"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
+def test_every_notice_reaches_srun_as_usr1_and_the_wait_goes_on(tmp_path: Path, signum: int) -> None:
+    stage = Stage(tmp_path)
+    stage.start(code=75, finish=75)
+    stage.wait(lambda: stage.log() == ["srun 4"])
+    assert stage.process is not None
+    for number in (1, 2):
+        stage.process.send_signal(signum)
+        stage.wait(lambda n=number: stage.log().count("told") == n)
+    assert stage.process.poll() is None
+    assert stage.end() == 75
+    assert stage.log() == ["srun 4", "told", "told", "agent finish status 75"]
+
+
+def test_cont_alone_ends_no_wait(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.start(code=0)
+    stage.wait(lambda: stage.log() == ["srun 4"])
+    assert stage.process is not None
+    stage.process.send_signal(signal.SIGCONT)
+    assert stage.end() == 0
+    assert stage.log() == ["srun 4", "agent finish status 0"]
+
+
+def test_a_notice_during_set_up_is_told_to_srun(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, setup=['touch "$STAGE/setting-up"', 'until [ -e "$STAGE/set-up" ]; do sleep 0.02; done'])
+    stage.start(code=75, finish=75)
+    stage.wait((tmp_path / "setting-up").exists)
+    assert stage.process is not None
+    stage.process.send_signal(signal.SIGUSR1)
+    (tmp_path / "set-up").touch()
+    # The stand-in has no handler yet when the signal comes right at its start, as a real srun may: either is an end.
+    stage.wait(lambda: "told" in stage.log() or stage.process is None or stage.process.poll() is not None)
+    stage.end()
+    assert any(line.startswith("agent finish") for line in stage.log())
+
+
+def test_an_unset_variable_in_set_up_is_the_user_s_business(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, setup=['echo "x $NOT_SET" > /dev/null'])
+    stage.start()
+    assert stage.end() == 0

@@ -1,0 +1,59 @@
+"""The node-local directory: private, swept when its owner is gone, never while it lives."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.worker.node import NodeDirectory, node_root, sweep
+
+
+def test_it_is_private_and_gone_afterwards(tmp_path: Path) -> None:
+    directory = NodeDirectory(tmp_path / "orch", "run.0.n0")
+    directory.write_config({"env": {"SECRET": "x"}})
+    assert (tmp_path / "orch").stat().st_mode & 0o777 == 0o700
+    assert directory.path.stat().st_mode & 0o777 == 0o700
+    assert directory.config.stat().st_mode & 0o777 == 0o600
+    directory.close()
+    assert list((tmp_path / "orch").iterdir()) == []
+
+
+def test_an_order_waits_for_a_reader_that_comes_later(tmp_path: Path) -> None:
+    directory = NodeDirectory(tmp_path / "orch", "run.0.n0")
+    directory.order(b"U")
+    reader = os.open(directory.leash, os.O_RDONLY | os.O_NONBLOCK)
+    assert os.read(reader, 10) == b"U"
+    directory.close()
+    assert os.read(reader, 10) == b"", "letting go reads as EOF"
+    os.close(reader)
+
+
+def test_a_living_owner_s_directory_is_not_swept_and_a_killed_one_s_is(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal; from pathlib import Path; from orchestrator.worker.node import NodeDirectory\n"
+        "NodeDirectory(Path(sys.argv[1]), 'dead').write_config({'env': {'SECRET': 'x'}})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path / "orch"], check=False)
+    assert (tmp_path / "orch" / "dead" / "config.json").exists()
+    living = NodeDirectory(tmp_path / "orch", "living")
+    assert not (tmp_path / "orch" / "dead").exists(), "starting an attempt sweeps what others left"
+    assert sweep(tmp_path / "orch") == []
+    assert living.path.exists()
+    living.close()
+
+
+def test_somebody_else_s_directory_is_not_used(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "orch").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(PermissionError):
+        NodeDirectory(tmp_path / "orch", "run")
+
+
+def test_the_place_can_be_chosen(tmp_path: Path) -> None:
+    assert node_root({"ORCH_NODE_DIR": str(tmp_path)}).parent == tmp_path
+    assert node_root({}).name == f"orch-{os.getuid()}"
