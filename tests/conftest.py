@@ -6,6 +6,11 @@ import os
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+# A busy machine makes single examples slow; how long a test may take is not Hypothesis's business.
+settings.register_profile("orch", deadline=None)
+settings.load_profile("orch")
 
 _CI = os.environ.get("CI", "").lower() == "true"
 _HARDWARE = "hardware:"  # the one kind of reason that CI cannot install away, e.g. "hardware: needs a GPU"

@@ -84,6 +84,10 @@ class NodeAgent:
             signal.signal(signum, self._on_signal)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        self.take_notice(signum)
+
+    def take_notice(self, signum: int) -> None:
+        """Note that we are to stop; PID 1 is told as soon as it is there."""
         self._signals.append(signum)
         self._wake.set()
 
@@ -376,6 +380,8 @@ def _run_as(orders: Mapping[str, Any], place: Place, scheduler: Scheduler, envir
     """Open the runtime and run; an engine that does not answer is a recorded failure like any other."""
     agent = NodeAgent(orders, place, scheduler, _Deferred(orders["container"]["runtime"]), environ)
     agent.install_signal_handlers()
+    if environ.get("ORCH_TOLD") == "1":  # the batch script got a notice before there was an agent to tell
+        agent.take_notice(signal.SIGTERM)
     return run_node(agent)
 
 
