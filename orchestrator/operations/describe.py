@@ -146,7 +146,7 @@ def _attempt(row: Mapping[str, Any], resumed_step: int | None) -> Attempt:
         ended=_float(row.get("ended")),
         outcome=row.get("outcome"),
         exit_reason=reason_of(row.get("exit_reason")),
-        step_start=resumed_step if start is None else start,
+        step_start=start if resumed_step is None else resumed_step,
         step_end=_integer(row.get("step_end")),
         saved_in_s=_float(row.get("saved_in_s")),
         resumed_step=resumed_step,

@@ -1,0 +1,259 @@
+"""Where a run is: the run directory's word × the scheduler's, and what `status` makes of it."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator import operations
+from orchestrator.backends.base import SchedulerState
+from orchestrator.errors import RunNotFound
+from orchestrator.files import write_json
+from orchestrator.registry import EventLog
+from orchestrator.states import ExitReason, JobState
+from tests.fakes.backend import FakeAgent
+from tests.unit.operations.conftest import World
+
+PENDING, RUNNING = SchedulerState.PENDING, SchedulerState.RUNNING
+COMPLETING, ENDED, UNKNOWN = SchedulerState.COMPLETING, SchedulerState.ENDED, SchedulerState.UNKNOWN
+
+
+@pytest.mark.parametrize(
+    ("written", "scheduler", "state", "alive"),
+    [
+        (None, PENDING, "queued", True),
+        (None, RUNNING, "running", True),  # the agent is starting
+        (None, ENDED, "lost", False),
+        (None, UNKNOWN, "lost", False),
+        ("running", RUNNING, "running", True),
+        ("running", COMPLETING, "running", True),
+        ("running", PENDING, "preempted", True),  # Slurm requeued it over the agent's head
+        ("running", ENDED, "lost", False),
+        ("running", UNKNOWN, "lost", False),
+        ("preempted", PENDING, "preempted", True),
+        ("preempted", RUNNING, "preempted", True),  # saved, the batch script is about to requeue
+        ("preempted", ENDED, "needs_resume", False),
+        ("needs_resume", ENDED, "needs_resume", False),
+        ("needs_resume", COMPLETING, "needs_resume", True),
+        ("needs_resume", PENDING, "preempted", True),
+        ("completed", ENDED, "completed", False),
+        ("completed", COMPLETING, "completed", False),
+        ("failed", UNKNOWN, "failed", False),
+        ("cancelled", ENDED, "cancelled", False),
+    ],
+)
+def test_the_two_words_together(
+    world: World, written: str | None, scheduler: SchedulerState, state: str, alive: bool
+) -> None:
+    done = world.submit()
+    if written is not None:
+        agent = FakeAgent(world.paths(done.run_id))
+        agent.begin(0)
+        if written != "running":
+            reason = {"preempted": "preempted", "needs_resume": "preempted", "failed": "failure"}.get(written, written)
+            agent.end(written, reason, step=5)
+    world.backend.set("101", scheduler)
+    if scheduler is UNKNOWN:
+        del world.backend.states["101"]
+    status = world.status(done.run_id)
+    assert (status.state.value, status.alive) == (state, alive)
+
+
+def test_a_job_removed_from_the_queue_by_scancel_is_cancelled(world: World) -> None:
+    done = world.submit()
+    world.backend.set("101", ENDED, "CANCELLED")
+    assert world.status(done.run_id).state is JobState.CANCELLED
+
+
+def test_a_killed_run_with_a_tombstone_is_cancelled_not_lost(world: World) -> None:
+    run, _ = world.running()
+    world.paths(run).tombstone.touch()
+    assert "being cancelled" in world.status(run).message
+    world.backend.set("101", ENDED)
+    assert world.status(run).state is JobState.CANCELLED
+
+
+def test_the_end_of_an_older_submission_says_nothing_about_the_newer(world: World) -> None:
+    run = world.ended("failed", "failure", step=3)
+    world.submit()
+    assert world.status(run).state is JobState.QUEUED
+    world.backend.set("102", ENDED, "NODE_FAIL")
+    status = world.status(run)
+    assert status.state is JobState.LOST
+    assert "NODE_FAIL" in status.message
+
+
+def test_a_job_that_slurm_holds_says_how_to_release_it(world: World) -> None:
+    done = world.submit()
+    world.backend.set("101", PENDING, "JobHeldAdmin")
+    assert "scontrol release" in world.status(done.run_id).message
+
+
+def test_a_silent_scheduler_is_a_warning_and_the_heartbeat_decides(world: World) -> None:
+    run, _ = world.running()
+    world.backend.down = True
+    world.paths(run).heartbeat.touch()
+    fresh = world.status(run)
+    assert (fresh.state, fresh.alive) == (JobState.RUNNING, True)
+    assert "no answer" in fresh.warnings[0]
+    old = time.time() - 600
+    os.utime(world.paths(run).heartbeat, (old, old))
+    assert not world.status(run).alive
+
+
+def test_a_fresh_heartbeat_beats_a_queue_that_does_not_know_the_job(world: World) -> None:
+    """The login node of another cluster: its queue knows nothing of the job, and it trains all the same."""
+    run, _ = world.running()
+    del world.backend.states["101"]
+    world.paths(run).heartbeat.touch()
+    assert world.status(run).state is JobState.RUNNING
+
+
+def test_a_run_started_by_hand_is_told_by_its_verdict(world: World) -> None:
+    paths = world.paths("12345")
+    paths.run_dir.mkdir(parents=True)
+    assert world.status("12345").state is JobState.LOST
+    write_json(paths.verdict(0), {"outcome": "completed", "attempt": 0, "message": "", "reason": "completed"})
+    status = world.status("12345")
+    assert (status.state, status.exit_reason) == (JobState.COMPLETED, ExitReason.COMPLETED)
+    assert world.backend.polls == 0
+
+
+def test_settled_runs_ask_nobody(world: World) -> None:
+    run = world.ended("completed", "completed", step=9)
+    world.backend.down = True
+    assert world.status(run).succeeded
+    assert world.status(run).warnings == ()
+
+
+def test_status_as_json_has_exactly_the_documented_keys(world: World) -> None:
+    run, agent = world.running()
+    agent.commit(0, 40)
+    write_json(world.paths(run).progress, {"step": 42, "epoch": 1, "max_steps": 100, "attempt": 0, "time": time.time()})
+    document = world.status(run).as_json()
+    assert list(document) == [
+        "run_id", "run_dir", "state", "exit_reason", "attempt", "job_id", "alive", "progress", "last_checkpoint",
+        "resumed_from", "events",
+    ]  # fmt: skip
+    assert document["progress"] == {"step": 42, "epoch": 1, "max_steps": 100}
+    assert document["last_checkpoint"] == {"step": 40, "path": "/ckpt/step-40"}
+    assert document["resumed_from"] is None
+    assert document["exit_reason"] is None
+    assert [event["event"] for event in document["events"]][:2] == ["action", "submitted"]
+
+
+def test_progress_of_an_older_attempt_is_ignored(world: World) -> None:
+    run, agent = world.running()
+    write_json(world.paths(run).progress, {"step": 42, "epoch": 1, "max_steps": 100, "attempt": 0, "time": 1.0})
+    agent.end("preempted", "preempted", step=42, saved_in_s=1.0)
+    agent.begin(1, resumed=42)
+    status = world.status(run)
+    assert status.progress.step is None
+    assert status.resumed_from == {"step": 42, "attempt": 0, "path": "/c", "skipped": []}
+
+
+def test_attempts_tell_why_and_what_was_lost(world: World) -> None:
+    run, agent = world.running()
+    agent.end("preempted", "preempted", step=42, saved_in_s=2.5)
+    agent.begin(1, resumed=42)
+    agent.end("preempted", "node_failure", step=60)
+    agent.begin(2, resumed=50)
+    first, second, third = world.status(run).attempts
+    assert (first.exit_reason, first.saved_in_s, first.steps_lost) == (ExitReason.PREEMPTED, 2.5, 0)
+    assert (second.steps_lost, second.resumed_step) == (10, 42)
+    assert (third.ended, third.resumed_step, third.steps_lost) == (None, 50, None)
+
+
+def test_steps_lost_at_the_end_are_those_after_the_last_checkpoint(world: World) -> None:
+    run, agent = world.running()
+    agent.commit(0, 50)
+    agent.end("failed", "failure", step=57, message="boom")
+    world.backend.set("101", ENDED)
+    status = world.status(run)
+    assert status.attempts[0].steps_lost == 7
+    assert status.message == "boom"
+
+
+def test_a_damaged_sidecar_is_a_warning_not_a_crash(world: World) -> None:
+    run, _ = world.running()
+    world.paths(run).sidecar.write_text('{"version": 1, "stat')
+    status = world.status(run)
+    assert status.alive
+    assert any("sidecar" in warning for warning in status.warnings)
+
+
+def test_a_torn_event_line_hides_nothing_else(world: World) -> None:
+    run, agent = world.running()
+    agent.commit(0, 5)
+    with world.paths(run).events("rank0-0").open("a") as stream:
+        stream.write('{"time": 1, "event": "chec')
+    checkpoint = world.status(run).last_checkpoint
+    assert checkpoint is not None
+    assert checkpoint.step == 5
+
+
+# --- ps
+
+
+def test_ps_lists_every_run_with_one_question(world: World) -> None:
+    first = world.submit()
+    second = world.submit(overrides=["job.args.lr=0.5"])
+    world.ended("completed", "completed")
+    world.backend.polls = 0
+    rows, warnings = operations.ps(root=world.root, open_backend=world.backend.open)
+    assert {row.run_id for row in rows} == {first.run_id, second.run_id}
+    assert world.backend.polls == 1
+    assert warnings == []
+    only, _ = operations.ps(root=world.root, states=[JobState.COMPLETED], open_backend=world.backend.open)
+    assert len(only) == 1
+
+
+def test_ps_without_a_root_looks_where_runs_were_submitted(world: World) -> None:
+    done = world.submit()
+    rows, _ = operations.ps(open_backend=world.backend.open)
+    assert [row.run_id for row in rows] == [done.run_id]
+
+
+def test_one_broken_run_does_not_hide_the_others(world: World) -> None:
+    done = world.submit()
+    (world.root / "runs" / "broken" / "events").mkdir(parents=True)
+    (world.root / "runs" / "broken" / "sidecar.json").mkdir()
+    rows, warnings = operations.ps(root=world.root, open_backend=world.backend.open)
+    assert done.run_id in {row.run_id for row in rows}
+    assert len(rows) == 2 or warnings
+
+
+# --- finding runs
+
+
+def test_an_unknown_run_says_where_it_looked_and_what_comes_close(world: World) -> None:
+    done = world.submit()
+    with pytest.raises(RunNotFound, match="no run") as caught:
+        operations.status(done.run_id[:-1] + "x", open_backend=world.backend.open)
+    assert done.run_id in str(caught.value.hint)
+    assert caught.value.exit_code == 6
+
+
+def test_an_ambiguous_beginning_lists_the_candidates(world: World) -> None:
+    first = world.submit()
+    second = world.submit(overrides=["job.args.lr=0.5"])
+    with pytest.raises(RunNotFound, match="several runs") as caught:
+        operations.status("job-", open_backend=world.backend.open)
+    assert first.run_id in caught.value.message
+    assert second.run_id in caught.value.message
+
+
+def test_a_run_directory_is_a_name_too(world: World, tmp_path: Path) -> None:
+    done = world.submit()
+    assert operations.status(str(done.run_dir), open_backend=world.backend.open).run_id == done.run_id
+    with pytest.raises(RunNotFound):
+        operations.status(f"{tmp_path}/nowhere", open_backend=world.backend.open)
+
+
+def test_an_event_of_a_later_version_is_passed_on(world: World) -> None:
+    run, _ = world.running()
+    EventLog(world.paths(run), "future").append("teleported", attempt=0, where="moon")
+    assert world.status(run).events[-1]["where"] == "moon"
