@@ -299,7 +299,11 @@ class PosixStore:
     def _next_fence(self, names: Sequence[str], attempt: int, base: Manifest | None, discard_newer: bool) -> Fence:
         lineage = self._lineage(names)
         if newer := lineage.newer_attempt(attempt):
-            raise _fenced(attempt, newer)
+            raise Fenced(
+                f"attempt {attempt} starts too late: {newer.holder} already owns this run (fence epoch {newer.epoch})",
+                hint="the run goes on in the other attempt. If there is none, because the run directory was removed "
+                f"and its checkpoints were not, remove {self.directory} too",
+            )
         if not discard_newer:
             self._require_newest(base, self._load_live(names, lineage))
         # Numbers in file names count too: a directory whose fences were lost must not hand out a number twice.
