@@ -1,0 +1,435 @@
+"""Every command: exit code, one JSON document, words for people, a hint with every error."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import failures, out
+from orchestrator.cli.main import main
+from orchestrator.files import write_json
+from orchestrator.operations import describe
+from tests.unit.cli.conftest import Cli, World
+
+COMMANDS = [
+    "init",
+    "validate",
+    "schema",
+    "site",
+    "submit",
+    "status",
+    "ps",
+    "logs",
+    "wait",
+    "cancel",
+    "preempt",
+    "resume",
+    "image",
+]
+
+
+def test_help_lists_every_command(cli: Cli) -> None:
+    said = cli("--help")
+    assert said.code == 0
+    assert all(f"  {command} " in said.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "image lock"])
+def test_each_command_has_help(cli: Cli, command: str) -> None:
+    said = cli(*command.split(), "--help")
+    assert said.code == 0
+    assert f"orch {command}" in said.out
+
+
+def test_no_command_shows_the_help_and_is_a_usage_error(cli: Cli) -> None:
+    said = cli()
+    assert (said.code, said.out) == (2, "")
+    assert "Usage" in said.err
+
+
+def test_version(cli: Cli) -> None:
+    assert cli("--version").out.startswith("orch 0.")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sumbit", "x"], "No such command"),
+        (["status"], "Missing argument"),
+        (["status", "x", "--jsn"], "No such option"),
+        (["logs", "x", "--rank", "one"], "not a valid int"),
+        (["wait", "x", "--timeout", "soon"], "expected seconds"),
+        (["resume"], "name one run, or give --all"),
+        (["resume", "x", "--all"], "name one run, or give --all"),
+        (["resume", "--all", "--set", "a=b"], "go with one run"),
+        (["ps", "--state", "asleep"], "one of queued"),
+    ],
+)
+def test_usage_errors(cli: Cli, arguments: list[str], message: str) -> None:
+    said = cli(*arguments)
+    assert (said.code, said.out) == (2, "")
+    assert message in said.err
+    assert "hint:" in said.err
+
+
+def test_a_usage_error_is_a_document_too(cli: Cli) -> None:
+    said = cli("status", "--json")
+    assert said.code == 2
+    assert said.document["error"]["exit_code"] == 2
+
+
+# --- init, validate, schema, site
+
+
+def test_init_writes_a_spec_that_validates(cli: Cli) -> None:
+    assert cli("init", "first.yaml", "--from", "command").code == 0
+    assert cli("validate", "first.yaml").code == 0
+    again = cli("init", "first.yaml")
+    assert again.code == 7
+    assert "exists already" in again.err
+
+
+def test_init_from_nothing_known(cli: Cli) -> None:
+    said = cli("init", "x.yaml", "--from", "digit")
+    assert said.code == 2
+    assert "digits" in said.err
+    assert not Path("x.yaml").exists()
+
+
+def test_validate_lists_every_problem_with_its_place(cli: Cli, world: World) -> None:
+    Path("bad.yaml").write_text("name: bad\njob: {script: train.py}\nresources: {tme: 1, nodes: none}\n")
+    said = cli("validate", "bad.yaml")
+    assert (said.code, said.out) == (2, "")
+    assert "bad.yaml:3:13" in said.err
+    assert "Did you mean `time`?" in said.err
+    assert "2 problems. Nothing was submitted." in said.err
+    document = cli("validate", "bad.yaml", "--json").document
+    assert document["valid"] is False
+    assert {problem["field"] for problem in document["problems"]} == {"resources.tme", "resources.nodes"}
+
+
+def test_validate_of_a_good_spec(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = cli("validate", world.spec, "--json")
+    assert said.document["valid"] is True
+    assert said.document["run_id"].startswith("job-")
+    monkeypatch.delenv("TOKEN")
+    assert "TOKEN is not set" in cli("validate", world.spec).err
+    assert not world.root.exists()
+
+
+def test_schema_is_json(cli: Cli) -> None:
+    assert "properties" in cli("schema").document
+
+
+def test_site_shows_every_key(cli: Cli) -> None:
+    assert "partition" in cli("site").out
+    assert cli("site", "--json").document["root"] is None
+
+
+# --- submit
+
+
+def test_dry_run_prints_the_bytes_and_writes_nothing(cli: Cli, world: World) -> None:
+    said = cli("submit", world.spec, "--dry-run")
+    assert said.code == 0
+    assert "#!/bin/bash" in said.out
+    assert "#SBATCH --job-name=job" in said.out
+    assert "s3cret-value" not in said.out
+    assert not world.root.exists()
+    document = cli("submit", world.spec, "--dry-run", "--json").document
+    assert document["script"] in said.out
+    assert document["agent"]["run_id"] == document["run_id"]
+
+
+def test_dry_run_needs_neither_slurm_nor_docker(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent")
+    image = "container.image=sha256:" + "0" * 64
+    assert cli("submit", world.spec, "--dry-run", "--set", "container.runtime=docker", "--set", image).code == 0
+
+
+def test_no_sbatch_is_one_error_and_leaves_nothing(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    said = cli("submit", world.spec)
+    assert (said.code, said.out) == (3, "")
+    assert "sbatch is not on PATH" in said.err
+    assert "backend: local" in said.err
+    assert list((world.root / "runs").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file"),
+        ("", "empty"),
+        ("name: [", "yaml"),
+        ("- a\n- b\n", "mapping"),
+        ("name: job\njob: {script: nowhere.py}\n", "nowhere.py"),
+        ("name: job\njob: {script: train.py}\ncontainer: {runtime: docker, image: 'a/b:latest'}\n", "orch image lock"),
+        ("name: job\nname: job\njob: {script: train.py}\n", "name"),
+        ("name: 'bad name'\njob: {script: train.py}\n", "name"),
+    ],
+)
+def test_bad_specs_are_one_message_and_exit_2(cli: Cli, content: str | None, message: str) -> None:
+    if content is not None:
+        Path("bad.yaml").write_text(content)
+    said = cli("submit", "bad.yaml", "--json")
+    assert said.code == 2
+    assert message.lower() in said.err.lower()
+    assert said.document["error"]["type"] == "SpecError"
+
+
+def test_a_missing_secret(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TOKEN")
+    said = cli("submit", world.spec)
+    assert said.code == 2
+    assert "TOKEN is not set" in said.err
+    assert "hint: export" in said.err
+
+
+def test_submitting_what_is_done_says_so(cli: Cli, world: World) -> None:
+    run = world.ended("completed", "completed", step=9)
+    said = cli("submit", world.spec)
+    assert said.code == 0
+    assert said.out == f"{run}  is already completed. Nothing was submitted. A fresh copy: --new\n"
+    assert cli("submit", world.spec, "--json").document["action"] == "already_completed"
+
+
+def test_submitting_what_was_cancelled_is_refused(cli: Cli, world: World) -> None:
+    run = world.ended("cancelled", "cancelled")
+    world.paths(run).tombstone.touch()
+    said = cli("submit", world.spec)
+    assert said.code == 7
+    assert f"orch resume {run}" in said.err
+
+
+# --- status, ps, logs, wait
+
+
+def test_status_of_an_unknown_run(cli: Cli) -> None:
+    said = cli("status", "nobody")
+    assert (said.code, said.out) == (6, "")
+    assert "no run 'nobody'" in said.err
+    document = cli("status", "nobody", "--json").document
+    assert document["error"]["type"] == "RunNotFound"
+
+
+def test_status_tells_the_story_of_a_run(cli: Cli, world: World) -> None:
+    run, agent = world.running()
+    agent.commit(0, 18204)
+    agent.end("preempted", "time_limit", step=18204, saved_in_s=3.1)
+    agent.begin(1, resumed=18204)
+    agent.commit(1, 30000)
+    write_json(world.paths(run).progress, {"step": 30977, "epoch": 1, "max_steps": 125000, "attempt": 1, "time": 1.0})
+    agent.end("failed", "out_of_memory", step=30977, message="node n1 killed rank 5 at 61.9 of 62 GB")
+    world.paths(run).metrics.write_text(
+        "step,epoch,name,value\n" + "".join(f"{step},0,train/loss,{100 / (step + 1)}\n" for step in range(100))
+    )
+    said = cli("status", run)
+    assert said.code == 0
+    headline, *rest = said.out.splitlines()
+    assert headline == f"{run}   failed · attempt 1 · out of memory · step 30 977 / 125 000 (25 %)"
+    story = "\n".join(rest)
+    assert "Node n1 killed rank 5 at 61.9 of 62 GB" in story
+    assert "time limit" in story
+    assert "saved step 18 204 in 3.1 s, 0 steps lost" in story
+    assert "resumed from step 18 204 (verified), ended at step 30 977, 977 steps lost" in story
+    assert "checkpoint  step 30 000" in story
+    assert "train/loss  █" in story
+    assert "Your work is safe up to step 30 000." in story
+    assert f"orch resume {run} --set resources.mem=…" in story
+
+
+def test_status_json_is_one_document(cli: Cli, world: World) -> None:
+    run = world.ended("completed", "completed", step=9)
+    document = cli("status", run, "--json").document
+    assert document["state"] == "completed"
+    assert document["exit_reason"] == "completed"
+
+
+def test_status_survives_not_a_number(cli: Cli, world: World) -> None:
+    run, agent = world.running()
+    from orchestrator.registry import EventLog
+
+    EventLog(world.paths(run), "rank0").append("action", attempt=0, loss=float("nan"))
+    agent.end("completed", "completed")
+    said = cli("status", run, "--json")
+    assert '"NaN"' in said.out
+    assert json.loads(said.out, parse_constant=lambda word: pytest.fail(f"bare {word}"))
+
+
+def test_ps(cli: Cli, world: World) -> None:
+    assert cli("ps").out == "no runs in any known root; --root DIR looks elsewhere\n"
+    run = world.ended("completed", "completed")
+    heading, row = cli("ps").out.splitlines()
+    assert heading.split() == ["RUN", "STATE", "ATTEMPT", "JOB", "STEP", "SUBMITTED"]
+    assert row.split()[:4] == [run, "completed", "0", "101"]
+    (only,) = cli("ps", "--json").document
+    assert only["run_id"] == run
+    assert cli("ps", "--state", "failed", "--json").document == []
+
+
+def test_logs(cli: Cli, world: World) -> None:
+    run, agent = world.running()
+    world.paths(run).rank_log(0, 0).write_text("hello\nworld\n")
+    agent.end("completed", "completed")
+    assert cli("logs", run).out == "hello\nworld\n"
+    assert cli("logs", "-f", run).out == "hello\nworld\n"
+    assert cli("logs", run, "--json").document == {"attempt": 0, "rank": 0, "node": None, "lines": ["hello", "world"]}
+    missing = cli("logs", run, "--rank", "7")
+    assert missing.code == 6
+    assert "rank 7" in missing.err
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "code"),
+    [("completed", "completed", 0), ("failed", "failure", 1), ("cancelled", "cancelled", 1)],
+)
+def test_wait_ends_with_the_runs_success(cli: Cli, world: World, status: str, reason: str, code: int) -> None:
+    run = world.ended(status, reason)
+    assert cli("wait", run).code == code
+    said = cli("wait", run, "--json", "--timeout", "5s")
+    assert said.code == code
+    assert said.document["state"] == status
+
+
+@pytest.mark.parametrize(("text", "value"), [("90", 90), ("90s", 90), ("1.5h", 5400), ("2 m", 120), ("1d", 86400)])
+def test_times(text: str, value: float) -> None:
+    from orchestrator.cli.commands import seconds
+
+    assert seconds(text, "--timeout") == value
+
+
+# --- cancel, preempt, resume
+
+
+def test_cancel_of_a_completed_run(cli: Cli, world: World) -> None:
+    run = world.ended("completed", "completed")
+    assert "already completed" in cli("cancel", run).out
+    assert cli("cancel", run, "--json").document["action"] == "already_completed"
+
+
+def test_preempt_needs_a_running_job(cli: Cli, world: World) -> None:
+    run = world.ended("completed", "completed")
+    said = cli("preempt", run)
+    assert said.code == 3
+    assert "not running" in said.err
+
+
+def test_resume_refuses_drift(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    said = cli("resume", run, "--set", "job.args.lr=1")
+    assert said.code == 7
+    assert "job" in said.err
+
+
+def test_resume_all_with_nothing_to_do(cli: Cli, world: World) -> None:
+    world.ended("completed", "completed")
+    assert cli("resume", "--all").out == "no run waits to be resumed\n"
+    assert cli("resume", "--all", "--json").document == {"resumed": [], "errors": {}}
+
+
+def test_image_lock_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent/docker.sock")
+    # In a process of its own: the docker SDK forgets its socket when the connection fails.
+    command = [sys.executable, "-m", "orchestrator", "image", "lock", "repo/image:tag"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (4, "")
+    assert "does not answer" in done.stderr
+    assert "hint: start it" in done.stderr
+
+
+# --- what never happens: tracebacks, noise
+
+
+def test_a_bug_is_one_line_with_a_report(
+    cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(*arguments: object, **options: object) -> None:
+        raise ZeroDivisionError("surprise")
+
+    monkeypatch.setattr(describe, "find_run", broken)
+    said = cli("status", "x")
+    assert said.code == 70
+    assert "ZeroDivisionError: surprise" in said.err
+    (report,) = (tmp_path / "state" / "crashes").iterdir()
+    assert str(report) in said.err
+    assert "Traceback" in report.read_text()
+
+
+def test_a_bug_with_json_is_a_document(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(describe, "find_run", lambda *arguments: 1 / 0)
+    assert cli("status", "x", "--json").document["error"]["exit_code"] == 70
+
+
+def test_ctrl_c_is_quiet(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(describe, "find_run", interrupted)
+    said = cli("status", "x")
+    assert (said.code, said.out, said.err) == (130, "", "")
+
+
+def test_a_reader_that_leaves_is_no_error(world: World) -> None:
+    run, agent = world.running()
+    world.paths(run).rank_log(0, 0).write_text("line\n" * 200_000)
+    agent.end("completed", "completed")
+    command = f"{sys.executable} -m orchestrator logs {world.paths(run).run_dir} | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "line\n", "")
+
+
+def test_on_a_terminal_colours_elsewhere_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    fancy, plain, piped = Terminal(), Terminal(), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", fancy)
+    out.line(("failed", "bold red"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(sys, "stdout", plain)
+    out.line(("failed", "bold red"))
+    monkeypatch.delenv("NO_COLOR")
+    monkeypatch.setattr(sys, "stdout", piped)
+    out.line(("failed", "bold red"))
+    assert "\x1b[" in fancy.getvalue()
+    assert plain.getvalue() == piped.getvalue() == "failed\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (125, "2 m 05 s"), (14400, "4 h 00 m"), (200000, "2 d 07 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert out.duration(seconds) == text
+
+
+def test_sizes() -> None:
+    assert [out.size(number) for number in (0, 999, 1000, 1_234_567_890)] == ["0 B", "999 B", "1.0 kB", "1.2 GB"]
+
+
+def test_completion_of_run_ids_is_cheap_and_quiet(world: World) -> None:
+    from orchestrator.cli.complete import run_ids
+
+    assert run_ids("job") == []
+    done = world.submit()
+    assert run_ids("job-") == [done.run_id]
+    assert run_ids("x") == []
+
+
+def test_an_unwritable_state_directory_does_not_hide_a_bug(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ORCH_STATE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(describe, "find_run", lambda *arguments: 1 / 0)
+    assert main(["status", "x"]) == failures.CRASHED
+    assert "ORCH_DEBUG=1" in capsys.readouterr().err
