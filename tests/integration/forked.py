@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -55,6 +56,7 @@ def _become(body: Callable[[], object], environment: dict[str, str], output: Pat
     code = 1
     try:
         os.setsid()
+        warnings.simplefilter("default")  # a program of its own, not part of pytest
         log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(log, 1)
         os.dup2(log, 2)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,7 +144,6 @@ class SaveInHook(pl.Callback):
 
 def train(toy: Toy, run_dir: Path) -> None:
     """One attempt, in this process; ends it when interrupted."""
-    warnings.simplefilter("default")
     torch.set_num_threads(1)
     exact = ExactResume(seed=7, settings=CheckpointSettings(every_steps=toy.every_steps, every_epochs=toy.every_epochs))
     sampler = exact.batch_sampler(SIZE, BATCH)
