@@ -35,12 +35,12 @@ class WhenItRuns:
             os.kill(pids[0], signal.SIGUSR1)
 
 
-@pytest.mark.parametrize("name", ["plain_torch.py", "plain_lightning.py"])
-@pytest.mark.parametrize("world_size", [1, 2])
+# The Lightning example's trainer has one device; test_exact_loops.py runs several.
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("plain_torch.py", 1), ("plain_torch.py", 2), ("plain_lightning.py", 1)]
+)
 def test_example(tmp_path: Path, name: str, world_size: int) -> None:
     example, untouched, stopped = EXAMPLES / name, tmp_path / "untouched", tmp_path / "stopped"
-    if world_size > 1 and name == "plain_lightning.py":
-        pytest.skip("its trainer has one device; tests/integration/test_exact_loops.py runs several")
     run = partial(execute, example)
     assert set(run_ranks(run, untouched, world_size=world_size, attempt=0)) == {0}, outputs(untouched, 0)
     codes = run_ranks(run, stopped, world_size=world_size, attempt=0, watch=WhenItRuns(stopped))

@@ -224,7 +224,7 @@ def test_too_large_names_the_biggest(work: Path) -> None:
         snap(work, workspace={"max_size": "4M"})
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+@pytest.mark.skipif(os.geteuid() == 0, reason="user: root reads everything")
 def test_unreadable_file(work: Path) -> None:
     put(work, "a.py")
     (work / "a.py").chmod(0)
