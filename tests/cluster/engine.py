@@ -39,12 +39,17 @@ def engine(directory: Path, bridge: str, env: Mapping[str, str], *, driver: str 
     )
 
 
-def add_bridge(env: Mapping[str, str]) -> str:
+def bridge_name(directory: Path) -> str:
+    """The bridge of the cluster in `directory` (an interface's name has at most 15 characters)."""
+    return f"orch{hashlib.sha256(str(directory).encode()).hexdigest()[:8]}"
+
+
+def add_bridge(directory: Path, env: Mapping[str, str]) -> str:
     """Create a bridge for the private engine and return its name.
 
     With the default a second engine would share docker0 with the first; with `none` it deletes the first one's.
     """
-    name = f"orch{secrets.token_hex(4)}"
+    name = bridge_name(directory)
     call(["ip", "link", "add", "name", name, "type", "bridge"], env=env, timeout=10)
     # Any address will do (jobs use the host's network), but without one the engine searches for a subnet that is free.
     block = secrets.randbelow(200) + 20

@@ -97,7 +97,7 @@ class Supervisor:
 
     def _start_engine(self) -> None:
         """Spawn dockerd first and look at it last: it needs seconds that the rest of the start can use."""
-        self.bridge = engine.add_bridge(self.env)
+        self.bridge = engine.add_bridge(self.directory, self.env)
         if self.with_image:
             image.prefill(self.directory / "docker")
         service = engine.engine(self.directory, self.bridge, self.env)

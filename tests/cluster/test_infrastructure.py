@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.engine import bridge_name
 from tests.cluster.handle import Cluster
 from tests.cluster.requirements import why_not
 from tests.cluster.service import ClusterError, descendants, wait_for
@@ -70,13 +71,12 @@ def directory() -> Iterator[Path]:
 
 
 def test_a_start_that_fails_half_way_leaves_nothing_behind(directory: Path) -> None:
-    bridges = _bridges()
     with pytest.raises(ClusterError, match="slurmctld ended"):
         Cluster.start(
             "--no-accounting", "--no-image", "--extra-conf=SelectType=select/nonsense", f"--directory={directory}"
         )
     assert not directory.exists()
-    assert _bridges() == bridges
+    assert not Path("/sys/class/net", bridge_name(directory)).exists()
     assert not _mentioning(str(directory))
 
 
@@ -100,10 +100,6 @@ def test_a_killed_pytest_takes_its_cluster_with_it(directory: Path) -> None:
         timeout=30,
     )
     assert not _mentioning(str(directory))
-
-
-def _bridges() -> set[str]:
-    return {path.name for path in Path("/sys/class/net").iterdir()}
 
 
 def _mentioning(text: str) -> list[str]:
