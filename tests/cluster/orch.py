@@ -38,9 +38,9 @@ class Orch:
         return json.loads(done.stdout)
 
     def write_spec(self, spec: Mapping[str, Any], name: str = "spec.yaml") -> Path:
-        """JSON is YAML, and it carries every hostile string unharmed."""
+        """JSON is YAML (without its surrogate pairs), and it carries every hostile string unharmed."""
         path = self.directory / name
-        path.write_text(json.dumps({"root": str(self.root), **spec}))
+        path.write_text(json.dumps({"root": str(self.root), **spec}, ensure_ascii=False))
         return path
 
     def submit(self, spec: Mapping[str, Any], *options: str, env: Mapping[str, str] | None = None) -> Any:
@@ -74,9 +74,11 @@ class Orch:
         def reached() -> bool:
             if self.attempt(run) >= attempt and self.step(run) >= step:
                 return True
-            sidecar = self.run_dir(run) / "sidecar.json"
-            state = json.loads(sidecar.read_text())["status"] if sidecar.exists() else "queued"
-            assert state not in TERMINAL, f"{run} is {state} before step {step}:\n{self.story(run)}"
+            path = self.run_dir(run) / "sidecar.json"
+            sidecar = json.loads(path.read_text()) if path.exists() else {"status": "queued", "attempts": []}
+            if len(sidecar["attempts"]) > attempt:  # else it still tells of the submission before
+                ended = sidecar["status"] in TERMINAL
+                assert not ended, f"{run} is {sidecar['status']} before step {step}:\n{self.story(run)}"
             return False
 
         self.cluster.wait(f"step {step} of attempt {attempt} of {run}", reached, timeout=timeout)

@@ -180,7 +180,7 @@ def test_an_engine_that_is_down_is_named_with_the_fix(orch: Orch, cluster: Clust
     run = orch.json("submit", str(path), env={"DOCKER_HOST": "unix:///nowhere/docker.sock"})["run_id"]
     failed = orch.wait_for_state(run, "failed", timeout=60)
     assert failed["exit_reason"] == "container_failure"
-    assert "no container engine answers" in orch.call("status", run).stdout
+    assert "no container engine answers" in orch.call("status", run).stdout.lower()
 
 
 def test_a_crash_in_the_first_step_quotes_the_program(orch: Orch) -> None:

@@ -1,10 +1,11 @@
-"""The main job on the real cluster: submitted, stopped in every ordinary way, resumed, finished, the same bit for bit."""
+"""The main job on the real cluster: submitted, stopped, resumed, finished, and the same bit for bit."""
 
 from __future__ import annotations
 
 import itertools
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,23 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The code of the runs: a copy, so that an edit of the checkout while the tests run makes no other run of them."""
+    directory = tmp_path_factory.mktemp("workspace")
+    for package in ("orchestrator", "jobs"):
+        shutil.copytree(REPOSITORY / package, directory / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return directory
+
+
 @pytest.fixture
 def orch(cluster: Cluster, tmp_path: Path) -> Orch:
     return Orch(cluster, tmp_path)
 
 
-def main_job(cluster: Cluster, digits: Path, *, nodes: int, nproc: int, runtime: str) -> dict[str, Any]:
+def main_job(
+    cluster: Cluster, digits: Path, workspace: Path, *, nodes: int, nproc: int, runtime: str
+) -> dict[str, Any]:
     container: dict[str, Any] = {"runtime": "none"}
     data = str(digits)
     if runtime == "docker":
@@ -54,7 +66,7 @@ def main_job(cluster: Cluster, digits: Path, *, nodes: int, nproc: int, runtime:
         "torchrun": {"nproc_per_node": nproc},
         "checkpoint": {"every_steps": 10, "every_epochs": None},
         "preemption": {"lead_time": "60s"},
-        "workspace": {"path": str(REPOSITORY), "exclude": ["tests", "docs"]},
+        "workspace": {"path": str(workspace)},
         "env": {"OMP_NUM_THREADS": "1"},
     }
 
@@ -71,9 +83,9 @@ def assert_no_step_was_lost_or_repeated(orch: Orch, run: str) -> None:
 
 
 def test_docker_on_two_nodes_preempted_three_times_equals_the_untouched_run(
-    orch: Orch, cluster: Cluster, digits: Path
+    orch: Orch, cluster: Cluster, digits: Path, workspace: Path
 ) -> None:
-    spec = main_job(cluster, digits, nodes=2, nproc=2, runtime="docker")
+    spec = main_job(cluster, digits, workspace, nodes=2, nproc=2, runtime="docker")
     run = orch.submit(spec)["run_id"]
     for attempt in range(3):
         orch.wait_for_step(run, orch.step(run) + random.randint(3, 12), attempt=attempt)
@@ -96,3 +108,17 @@ def test_docker_on_two_nodes_preempted_three_times_equals_the_untouched_run(
     assert calm["run_id"] == run
     assert calm_orch.wait_for_state(run, "completed", timeout=400)["attempt"] == 0
     assert_same_run(calm_orch.run_dir(run), orch.run_dir(run))
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_without_a_container_a_run_survives_what_slurm_does_by_default(
+    orch: Orch, cluster: Cluster, digits: Path, workspace: Path, nproc: int
+) -> None:
+    """Here Slurm's SIGTERM hits every process of the step: torchrun, ranks, data workers."""
+    spec = main_job(cluster, digits, workspace, nodes=1, nproc=nproc, runtime="none")
+    run = orch.submit(spec)["run_id"]
+    orch.wait_for_step(run, random.randint(3, 20))
+    cluster.preempt(nodes=3, seconds=1)
+    done = orch.wait_for_state(run, "completed", timeout=400)
+    assert done["attempt"] == 1
+    assert_no_step_was_lost_or_repeated(orch, run)
