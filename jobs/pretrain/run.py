@@ -95,14 +95,10 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if settings.deterministic:
-        torch.use_deterministic_algorithms(True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=_on_gpu(settings))
         torch.utils.deterministic.fill_uninitialized_memory = False
-    if settings.batch_size % session.world_size:
-        raise SpecError(
-            f"batch_size {settings.batch_size} is the batch of all {session.world_size} ranks together and must divide "
-            "by their number",
-            hint=f"use {settings.batch_size // session.world_size * session.world_size or session.world_size}",
-        )
+    _check_batch_size(settings.batch_size, session.world_size)
     data = ImageFolder(settings.data_paths, image_size=settings.transform_args.image_size)
     if len(data) < settings.batch_size:
         raise SpecError(
@@ -125,6 +121,22 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
         accuracy = _knn(session, settings, method.backbone, data, logger, trainer.global_step)
         _export(exported, settings, method.backbone)
     return PretrainResult(session.run_dir, trainer.global_step, session.is_chief, exported, accuracy)
+
+
+def _check_batch_size(batch_size: int, world_size: int) -> None:
+    if batch_size % world_size or batch_size // world_size < 2:
+        fitting = max(batch_size // world_size, 2) * world_size
+        raise SpecError(
+            f"batch_size {batch_size} is the batch of all {world_size} ranks together: it must divide by their number, "
+            "and batch norm needs two images on each",
+            hint=f"use batch_size {fitting}, or another number of ranks",
+        )
+
+
+def _on_gpu(settings: PretrainSettings) -> bool:
+    import torch
+
+    return settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
 
 
 def _record_attempt(session: Session, settings: PretrainSettings, data: dict[str, Any]) -> int:
@@ -163,12 +175,11 @@ def _log_start(session: Session, ckpt_path: str | None) -> None:
 
 
 def _trainer(session: Session, settings: PretrainSettings, **options: Any) -> Any:
-    import torch
     from lightning.pytorch import Trainer
     from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
-    on_gpu = settings.accelerator == "gpu" or (settings.accelerator == "auto" and torch.cuda.is_available())
+    on_gpu = _on_gpu(settings)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     strategy: Any = "auto"
     if session.world_size > 1:

@@ -16,7 +16,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -67,6 +67,11 @@ def identify(environ: Mapping[str, str], *, default_dir: Path | None, agree: Cal
     rank, world_size = int(environ.get("RANK", "0")), int(environ.get("WORLD_SIZE", "1"))
     managed = "ORCH_RUN_ID" in environ
     if managed:
+        if "ORCH_RUN_DIR" not in environ:
+            raise CheckpointError(
+                "ORCH_RUN_ID is set but ORCH_RUN_DIR is not",
+                hint="both come from `orch submit`; unset ORCH_RUN_ID to run on your own",
+            )
         return Identity(
             run_id=environ["ORCH_RUN_ID"],
             run_dir=Path(environ["ORCH_RUN_DIR"]),
@@ -144,7 +149,7 @@ class Session:
         self._image = image
         self._exit_process = exit_process
         self._fence: Fence | None = None
-        self._verdict_lock = threading.Lock()
+        self._verdict_lock = threading.RLock()
         self._verdict_written: str | None = None
         self._position = (0, 0)
         self._committed_at: float | None = None
@@ -228,17 +233,20 @@ class Session:
         return self._stop.seconds_left()
 
     def _deadline_missed(self) -> None:
-        if self.is_chief and self._verdict_written is None:
-            step, epoch = self._position
-            self.verdict(
-                "unsaved",
-                step=step,
-                epoch=epoch,
-                reason=ExitReason.DEADLINE_MISSED,
-                message="no step boundary with a finished save was reached before the deadline; "
-                + self._standing_checkpoint(),
-            )
-        self.leave_stopped()
+        """In the watchdog's thread. Whatever goes wrong here, and whatever the main thread holds, the process ends."""
+        try:
+            if self.is_chief and self._verdict_lock.acquire(timeout=VERDICT_WAIT_S):
+                step, epoch = self._position
+                self.verdict(
+                    "unsaved",
+                    step=step,
+                    epoch=epoch,
+                    reason=ExitReason.DEADLINE_MISSED,
+                    message="no step boundary with a finished save was reached before the deadline; "
+                    + self._standing_checkpoint(),
+                )
+        finally:
+            self.leave_stopped()
 
     def _standing_checkpoint(self) -> str:
         manifest = self.last_manifest
@@ -364,7 +372,8 @@ class Session:
     def leave(self, code: int) -> NoReturn:
         """End the process now: interpreter teardown of torch costs seconds of the grace period (FACTS 4)."""
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()
+            with suppress(OSError, ValueError):  # a closed pipe must not keep the process
+                stream.flush()
         self._exit_process(code)
 
     def leave_stopped(self, barrier: Callable[[], object] | None = None) -> NoReturn:

@@ -6,7 +6,10 @@ and after a signal it executes no training step twice.
 
 from __future__ import annotations
 
+import json
+import resource
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -149,6 +152,41 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(reference: Reference, t
     stops = [replace(toy, at=2, rank=1), replace(toy, at=4, rank=1, at_validation_batch=0), replace(toy, at=15, rank=0)]
     interrupted(toy, tmp_path, stops, world_size=2)
     assert_exact(reference(toy, 2), tmp_path)
+
+
+def _with_small_files(toy: Toy, run_dir: Path) -> None:
+    """As on a full disk: no file can grow beyond what everything but a checkpoint needs."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    train(toy, run_dir)
+
+
+@pytest.mark.parametrize("toy", [Toy(every_steps=3), Toy(every_epochs=None, at=4)], ids=["periodic", "on a signal"])
+def test_a_save_that_fails_ends_the_run_and_says_why(tmp_path: Path, toy: Toy) -> None:
+    attempt(replace(Toy(), at=1), tmp_path, 0, world_size=2)
+    codes = run_ranks(partial(_with_small_files, toy, tmp_path), tmp_path, world_size=2, attempt=1)
+    assert codes[0] == 1, outputs(tmp_path, 1)
+    said = verdict(tmp_path, 1)
+    assert (said["outcome"], said["reason"]) == ("failed", "checkpoint_failure")
+    assert "too large" in said["message"]
+    assert attempt(Toy(), tmp_path, 2, world_size=2) == [0, 0], outputs(tmp_path, 2)
+
+
+def test_a_rank_that_fails_leaves_its_own_verdict(tmp_path: Path) -> None:
+    codes = attempt(Toy(at=3, rank=1, signal=0), tmp_path, 0, world_size=2)
+    assert codes[1] == 1, outputs(tmp_path, 0)
+    said = json.loads((tmp_path / "verdict-000.rank1.json").read_text())
+    assert (said["outcome"], said["message"]) == ("failed", "ArithmeticError: on purpose")
+
+
+def test_the_deadline_ends_ranks_that_hang(tmp_path: Path) -> None:
+    """Rank 1 never comes back from its step; rank 0 waits for it in a collective."""
+    (tmp_path / "deadline-0.json").write_text(json.dumps({"deadline": time.time() + 12}))
+    codes = attempt(Toy(at=3, rank=1, signal=-1), tmp_path, 0, world_size=2)
+    assert codes == [0, 0], outputs(tmp_path, 0)
+    said = verdict(tmp_path, 0)
+    assert (said["outcome"], said["reason"]) == ("unsaved", "deadline_missed")
+    assert "no checkpoint yet" in said["message"]
+    assert not (tmp_path / "verdict-000.rank1.json").exists()
 
 
 def test_three_ranks_sum_gradients_in_the_same_order_after_a_restart(reference: Reference, tmp_path: Path) -> None:

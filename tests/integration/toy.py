@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ class Toy:
     at: int | None = None
     at_validation_batch: int | None = None  # of the validation that follows `at`
     rank: int = 0
-    signal: int = signal.SIGUSR1
+    signal: int = signal.SIGUSR1  # 0: raise an error instead; -1: hang
     in_hook_save: int | None = None  # a checkpoint saved in on_train_batch_end of this batch, as ModelCheckpoint does
     start_from: str | None = None
     find_unused_parameters: bool = False
@@ -119,8 +120,15 @@ class ToyModule(pl.LightningModule):
         return int(self.trainer.fit_loop.epoch_loop.total_batch_idx)
 
     def _interrupt(self) -> None:
-        if self.global_rank == self._toy.rank:
-            os.kill(os.getpid(), self._toy.signal)
+        if self._toy.signal == -1:  # both are asked to stop, and one of them hangs
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.global_rank != self._toy.rank:
+            return
+        if self._toy.signal == 0:
+            raise ArithmeticError("on purpose")
+        if self._toy.signal == -1:
+            threading.Event().wait()
+        os.kill(os.getpid(), self._toy.signal)
 
     def _note(self, kind: str, batch_idx: int) -> None:
         if self.global_rank == 0:

@@ -239,9 +239,10 @@ class ExactResume(Callback):
         if not isinstance(exception, SIGTERMException):
             self.session.record_failure(exception)
             return
-        self._commit(trainer)
-        for logger in trainer.loggers:
-            logger.finalize("preempted")
+        with self.session.guard():  # a save that fails now must say so: nobody handles what this hook raises
+            self._commit(trainer)
+            for logger in trainer.loggers:
+                logger.finalize("preempted")
         assert self._agreement is not None
         self.session.stopped(step=self._step, epoch=trainer.current_epoch, barrier=self._agreement.barrier)
 
