@@ -194,6 +194,8 @@ def _control(run: Runner, command: Sequence[str]) -> None:
         answer = run(command, timeout_s=squeue.QUESTION_TIMEOUT_S)
     except CommandMissing as error:
         raise BackendError(error.message, hint="run this on a login node of the cluster") from None
+    if answer.returncode != 0 and any(phrase in answer.stderr for phrase in _AMBIGUOUS):
+        raise squeue.no_answer("scancel", answer)
     ended = ("Invalid job id", "already completing or completed")
     if answer.returncode != 0 and not any(phrase in answer.stderr for phrase in ended):
         raise BackendError(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.backends import open_backend
 from orchestrator.backends.base import SchedulerState
-from orchestrator.errors import BackendError, OrchError, RefusedError, RegistryError
+from orchestrator.errors import BackendError, OrchError, RefusedError, RegistryError, SchedulerUnavailable
 from orchestrator.files import read_json, write_json
 from orchestrator.operations.describe import OpenBackend, ask_schedulers, stand
 from orchestrator.operations.record import Record, load_record
@@ -62,7 +62,13 @@ def _stop(record: Record, before: Standing, open_backend: OpenBackend) -> Cancel
     running = False
     if handle is not None and before.alive:
         backend = open_backend(handle.backend)
-        backend.cancel(handle)
+        try:
+            backend.cancel(handle)
+        except SchedulerUnavailable as error:
+            raise SchedulerUnavailable(
+                f"{error.message}; the job may still run, but it is marked as cancelled and will not be requeued",
+                hint=f"run `orch cancel {record.run_id}` again when the scheduler answers",
+            ) from error
         running = backend.poll([handle])[handle].state in (SchedulerState.RUNNING, SchedulerState.COMPLETING)
     if not running:
         # No agent is left that would remove them.

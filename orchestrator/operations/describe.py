@@ -30,25 +30,29 @@ def status(run: str, *, root: str | Path | None = None, open_backend: OpenBacken
 def status_at(paths: RunPaths, *, open_backend: OpenBackend = open_backend) -> RunStatus:
     """`status` of a run whose directory is known."""
     record = load_record(paths)
-    asked, warnings = ask_schedulers([record], open_backend)
-    return describe(record, asked, warnings)
+    asked, silent = ask_schedulers([record], open_backend)
+    return describe(record, asked, _as_warnings(silent))
+
+
+def _as_warnings(silent: Iterable[str]) -> list[str]:
+    return [f"{words}; shown is what the run directory says" for words in silent]
 
 
 def ask_schedulers(records: Iterable[Record], open_backend: OpenBackend = open_backend) -> tuple[Asked, list[str]]:
-    """One poll per backend for all runs the files do not settle; a silent scheduler becomes a warning."""
+    """One poll per backend for all runs the files do not settle, and the words of those that gave no answer."""
     by_backend: dict[str, list[JobHandle]] = {}
     for record in records:
         handle = record.submission.handle if record.submission else None
         if handle is not None and not is_settled(record):
             by_backend.setdefault(handle.backend, []).append(handle)
     answers: Asked = {}
-    warnings: list[str] = []
+    silent: list[str] = []
     for name, handles in by_backend.items():
         try:
             answers.update(open_backend(name).poll(handles))
         except BackendError as error:
-            warnings.append(f"{name}: {error.message}; shown is what the run directory says")
-    return answers, warnings
+            silent.append(f"{name}: {error.message}")
+    return answers, silent
 
 
 def stand(record: Record, asked: Asked) -> Standing:
@@ -189,7 +193,7 @@ def ps(
     wanted = set(states)
     rows = [_row(record, stand(record, asked)) for record in records]
     kept = [row for row in rows if not wanted or row.state in wanted]
-    return sorted(kept, key=lambda row: row.submitted or 0.0, reverse=True), warnings + silent
+    return sorted(kept, key=lambda row: row.submitted or 0.0, reverse=True), warnings + _as_warnings(silent)
 
 
 def _records(places: Iterable[Path]) -> tuple[list[Record], list[str]]:

@@ -12,6 +12,7 @@ outside the workspace is refused, because it may hold anything. A dangling link 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import posixpath
 import shutil
@@ -41,6 +42,7 @@ _CHUNK = 1024 * 1024
 _TEMPORARY = ".tmp."
 _STALE_S = 24 * 3600.0
 _SUBMODULE_DEPTH = 8
+_LIBRARY = ("orchestrator", "jobs")
 _NEVER = {".git", "orch_runs"}  # orch_runs: a root of other runs, whose logs would make every submission a new run
 _REDIRECTING = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY"}
 
@@ -323,6 +325,26 @@ def _code_hash(files: Iterable[SnapshotFile]) -> str:
         kind = b"link" if file.link is not None else b"exec" if file.executable else b"file"
         digest.update(len(name).to_bytes(8, "big") + name + kind + bytes.fromhex(file.digest))
     return digest.hexdigest()[:_HASH_DIGITS]
+
+
+# --- our own code
+
+
+def library_snapshot() -> Snapshot:
+    """The code of `orchestrator` and `jobs` as installed here, by content.
+
+    It travels with the run like the user's code: an image needs nothing of ours, and an upgrade of the installation
+    between two attempts changes nothing for a run that has begun.
+    """
+    found = []
+    for package in _LIBRARY:
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise RegistryError(f"the package {package} is not installed beside orch", hint="Install orch again.")
+        top = Path(spec.origin).parent
+        found += [(f"{package}/{name}", top / name) for name in _python_files(top)]
+    files = tuple(_hashed(path.parent, name, path, path.stat()) for name, path in sorted(found))
+    return Snapshot(_code_hash(files), files, sum(file.size for file in files))
 
 
 # --- storing

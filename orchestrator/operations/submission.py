@@ -22,7 +22,7 @@ from orchestrator.errors import (
     SchedulerUnavailable,
     SpecError,
 )
-from orchestrator.files import write_atomic, write_json
+from orchestrator.files import read_json, write_atomic, write_json
 from orchestrator.operations.describe import ask_schedulers
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Submitted
@@ -295,15 +295,28 @@ def render(spec: JobSpec, paths: RunPaths, root: Path, code_hash: str, record: R
     from orchestrator.plan import render_plan
 
     last = record.last_attempt if record else None
+    library = library_of(paths)
     return render_plan(
         spec,
         run_id=paths.run_dir.name,
         root=root,
         code_hash=code_hash,
+        library_hash=library if isinstance(library, str) else library.code_hash,
         attempt_base=0 if last is None else last + 1,
         python=sys.executable,
         nonce=str(_submissions(record) if record else 0),
     )
+
+
+def library_of(paths: RunPaths) -> Snapshot | str:
+    """Our own code for this run: the hash of what it began with, or for a new run what is installed here."""
+    from orchestrator.operations.snapshot import library_snapshot
+
+    try:
+        begun: str | None = read_json(paths.agent_plan).get("library_hash")
+    except FileNotFoundError:
+        begun = None
+    return begun or library_snapshot()
 
 
 def _submissions(record: Record) -> int:
@@ -327,8 +340,9 @@ def start(
     code_hash = snapshot if isinstance(snapshot, str) else snapshot.code_hash
     plan = render(spec, paths, root, code_hash, record)
     try:
-        if not isinstance(snapshot, str):
-            _store_code(snapshot, root)
+        for code in (snapshot, library_of(paths)):
+            if not isinstance(code, str):
+                _store_code(code, root)
         _write_run(spec, plan, paths, environ)
         handle = _queue(plan, paths, environ, backend)
     except BaseException as error:
