@@ -60,7 +60,15 @@ class Plan:
 
 
 def render_plan(
-    spec: JobSpec, *, run_id: str, root: Path, code_hash: str, attempt_base: int = 0, python: str, nonce: str = "0"
+    spec: JobSpec,
+    *,
+    run_id: str,
+    root: Path,
+    code_hash: str,
+    library_hash: str,
+    python: str,
+    attempt_base: int = 0,
+    nonce: str = "0",
 ) -> Plan:
     """Render everything a submission consists of.
 
@@ -70,7 +78,13 @@ def render_plan(
     paths = RootPaths(root).run(run_id)
     python = spec.slurm.python or python
     agent = render_agent_plan(
-        spec, run_id=run_id, root=root, code_hash=code_hash, attempt_base=attempt_base, python=python
+        spec,
+        run_id=run_id,
+        root=root,
+        code_hash=code_hash,
+        library_hash=library_hash,
+        attempt_base=attempt_base,
+        python=python,
     )
     content = hashlib.sha256(json.dumps(agent, sort_keys=True).encode() + nonce.encode()).hexdigest()
     token = f"orch:{run_id}:{content[:16]}"
@@ -81,7 +95,7 @@ def render_plan(
 
 
 def render_agent_plan(
-    spec: JobSpec, *, run_id: str, root: Path, code_hash: str, attempt_base: int, python: str
+    spec: JobSpec, *, run_id: str, root: Path, code_hash: str, library_hash: str, attempt_base: int, python: str
 ) -> dict[str, Any]:
     """Orders for the agents and for the session inside the job; secrets by name only."""
     paths = RootPaths(root).run(run_id)
@@ -95,6 +109,8 @@ def render_agent_plan(
         "run_dir": str(paths.run_dir),
         "code_dir": str(RootPaths(root).snapshot(code_hash)),
         "code_hash": code_hash,
+        "library_dir": str(RootPaths(root).snapshot(library_hash)),
+        "library_hash": library_hash,
         "attempt_base": attempt_base,
         "python": python,
         "program": {"kind": program_kind(spec), "argv": program_argv(spec)},
@@ -233,7 +249,7 @@ def _minutes_and_seconds(seconds: int) -> str:
 
 
 def _log_path(path: str) -> str:
-    """Slurm reads `%` and backslash in this one value as a pattern and has no way to escape either (22.05, measured)."""
+    """Slurm reads `%` and backslash in this one value as a pattern, and nothing escapes them (22.05, measured)."""
     if "%" in path or "\\" in path:
         raise SpecError(
             f"root: Slurm cannot write its log to {path!r}", hint="Choose a root without `%` and backslash in its path."

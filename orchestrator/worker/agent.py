@@ -196,6 +196,7 @@ class NodeAgent:
             "python": python,
             "torchrun": self._torchrun_args(),
             "cwd": orders["code_dir"],
+            "library": orders["library_dir"],
             "env": self._program_environment(directory),
             "signal": orders["signal"],
             "leash": str(directory.leash),
@@ -268,6 +269,7 @@ class NodeAgent:
             Mount(str(directory.path), str(directory.path)),
             Mount(orders["run_dir"], orders["run_dir"]),
             Mount(orders["code_dir"], orders["code_dir"], read_only=True),
+            Mount(orders["library_dir"], orders["library_dir"], read_only=True),
         ]
         checkpoints = Path(orders["checkpoint"]["uri"])
         if contained and not checkpoints.is_relative_to(orders["run_dir"]):

@@ -52,7 +52,8 @@ def script_of(case: dict[str, Any], root: str = "/shared/orch") -> str:
         parse_spec(case, base_dir=Path("/work")),
         run_id=f"{case['name']}-0123456789",
         root=Path(root),
-        code_hash="c" * 64,
+        code_hash="c" * 32,
+        library_hash="d" * 32,
         python="/opt/venv/bin/python",
     )
     return plan.script

@@ -43,6 +43,7 @@ class Stage:
             run_id="run-0123456789",
             root=directory,
             code_hash="c",
+            library_hash="d",
             attempt_base=4,
             python=str(directory / "python"),
         )

@@ -58,6 +58,7 @@ class Node:
             "python": sys.executable,
             "torchrun": None,
             "cwd": str(self.directory),
+            "library": str(self.directory / "library"),
             "env": {},
             "signal": "USR1",
             "leash": str(self.directory / "leash"),
