@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _START_S = 30.0
 _POLL_S = 0.02
-# Agents outlive their handles. Kept here, because a Popen that is forgotten while its process runs warns when collected.
+# Agents outlive their handles. Kept here: a Popen that is forgotten while its process runs warns when collected.
 _started: list[subprocess.Popen[bytes]] = []
 
 
