@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.containers.payload import Mount, Payload, PayloadRequest
@@ -26,18 +26,18 @@ _SIGKILLED = 137
 LABEL_RUN, LABEL_ATTEMPT, LABEL_NODE = "orch.run_id", "orch.attempt", "orch.node"
 
 
-def connect() -> docker.DockerClient:
+def connect(environ: Mapping[str, str] = os.environ, *, timeout_s: int = _API_TIMEOUT_S) -> docker.DockerClient:
     """A client of the engine that DOCKER_HOST or the default socket names; ContainerError when none answers."""
     import docker
     import docker.errors
     import requests
 
     try:
-        client = docker.from_env(timeout=_API_TIMEOUT_S)
+        client = docker.from_env(timeout=timeout_s, environment=dict(environ))
         client.ping()
         return client
     except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        where = os.environ.get("DOCKER_HOST", "its default socket")
+        where = environ.get("DOCKER_HOST", "its default socket")
         raise ContainerError(
             f"no container engine answers at {where}: {_words(error)}",
             hint="Start docker, set DOCKER_HOST, or use `container.runtime: none`.",

@@ -15,25 +15,13 @@ def lock_image(reference: str) -> LockedImage:
 
     Asks the registry when the image is not here (nothing is pulled). Raises ContainerError.
     """
-    client = _engine()
+    from orchestrator.containers.docker import connect
+
+    client = connect(timeout_s=ENGINE_TIMEOUT_S)
     try:
         return _resolve(client, reference)
     finally:
         client.close()
-
-
-def _engine() -> Any:
-    import docker
-
-    try:
-        client = docker.from_env(timeout=ENGINE_TIMEOUT_S)
-        client.ping()
-    except (docker.errors.DockerException, OSError) as error:
-        raise ContainerError(
-            f"the docker engine does not answer here: {_words(error)}",
-            hint="start it, or set DOCKER_HOST; on a login node without docker, run this where docker is",
-        ) from error
-    return client
 
 
 def _resolve(client: Any, reference: str) -> LockedImage:

@@ -144,6 +144,7 @@ def check(spec: JobSpec, environ: Mapping[str, str]) -> None:
         )
     if spec.backend == "local":
         _check_mounts(spec)
+        _check_engine(spec, environ)
 
 
 def _check_mounts(spec: JobSpec) -> None:
@@ -153,6 +154,14 @@ def _check_mounts(spec: JobSpec) -> None:
                 f"container.mounts[{index}].source: {mount.source} does not exist on this machine",
                 hint="create it, or correct the path (it is relative to the spec file)",
             )
+
+
+def _check_engine(spec: JobSpec, environ: Mapping[str, str]) -> None:
+    """Here the engine that will run the job can be asked beforehand."""
+    if spec.container.runtime == "docker" and spec.container.image is not None:
+        from orchestrator.containers.docker import DockerRuntime, connect
+
+        DockerRuntime(connect(environ)).ensure_image(spec.container.image)
 
 
 def _free_id(request: Request) -> str:
