@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.errors import SpecError
+from orchestrator.identity import AGENT_PLAN_VERSION
 from orchestrator.paths import RootPaths, RunPaths
 from orchestrator.spec import program_args
 
 if TYPE_CHECKING:
     from orchestrator.spec import JobSpec
-
-AGENT_PLAN_VERSION = 1
 
 # The login environment does not leak into jobs (`--export=ALL` would); these few are needed to find programs and the
 # engine. SLURM_* always travel.

@@ -22,9 +22,9 @@ from types import FrameType
 from typing import Any
 
 from orchestrator.containers.payload import Mount, Payload, PayloadRequest, Runtime, open_runtime
-from orchestrator.errors import OrchError
+from orchestrator.errors import OrchError, RegistryError
 from orchestrator.files import read_json, write_json
-from orchestrator.identity import attempt_number, rendezvous_port
+from orchestrator.identity import AGENT_PLAN_VERSION, attempt_number, rendezvous_port
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog
 from orchestrator.states import ExitCode, ExitReason
@@ -330,8 +330,13 @@ def last_words(paths: RunPaths, place: Place) -> str:
 
 
 def load_orders(run_dir: Path) -> dict[str, Any]:
-    """plan/agent.json of a run."""
+    """plan/agent.json of a run; RegistryError where another version of orch, with other orders, has written it."""
     orders: dict[str, Any] = read_json(RunPaths(run_dir).agent_plan)
+    if orders["version"] != AGENT_PLAN_VERSION:
+        raise RegistryError(
+            f"{run_dir} was submitted by an orch whose orders are version {orders['version']}; this one's are version "
+            f"{AGENT_PLAN_VERSION}: orch cancel {orders['run_id']}, then orch resume {orders['run_id']}"
+        )
     return orders
 
 
