@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from orchestrator.spec import JobSpec
 
 AGENT_PLAN_VERSION = 1
-"""Version of plan/agent.json: what `plan` writes and the agents read; counts up when an older agent would misread it."""
+"""Version of plan/agent.json, written by `plan`, read by the agents; counts up when an older agent would misread it."""
 
 HASH_VERSION = 1
 """Part of what is hashed: a change of the rule below makes other runs, never the same name for other work."""
