@@ -73,10 +73,11 @@ def submit(
     RefusedError for a cancelled run. A failure leaves nothing behind that looks queued.
     """
     request = prepare(spec, overrides=overrides, root=root, environ=environ)
-    check(request.spec, environ)
+    layout = RootPaths(request.root)
+    if new or not layout.run(request.run_id()).run_dir.is_dir():
+        check(request.spec, environ)  # before anything is written; for a run that exists only if it has to go on
     with translated(request.root):
-        run_id = _fresh_id(request) if new else request.run_id()
-        paths = RootPaths(request.root).run(run_id)
+        paths = layout.run(_fresh_id(request) if new else request.run_id())
         with run_lock(paths):
             return _submit_locked(request, paths, environ, open_backend)
 
@@ -231,6 +232,7 @@ def _submit_locked(
     if record.submission is not None and record.submission.job_id is None:
         record = reconcile(record, open_backend)
         if record.submission is not None and record.submission.job_id is not None:
+            check(request.spec, environ)
             _write_secrets(request.spec, paths, environ)  # taken away when its submitter failed
     standing = ask_or_raise(record, open_backend)
     done = nothing_to_do(record, standing)
@@ -241,6 +243,8 @@ def _submit_locked(
             f"{record.run_id} was cancelled",
             hint=f"`orch resume {record.run_id}` lifts that and goes on; a fresh copy: --new",
         )
+    if standing is not None:
+        check(request.spec, environ)
     return start(request.spec, record, request.root, request.snapshot, environ, backend)
 
 

@@ -192,6 +192,15 @@ def test_a_missing_secret_is_named_and_nothing_is_written(world: World) -> None:
     assert not world.root.exists()
 
 
+def test_what_needs_nothing_needs_no_secret(world: World) -> None:
+    world.submit()
+    del world.environ["TOKEN"]
+    assert world.submit().action == "already_queued"
+    world.backend.set("101", SchedulerState.ENDED, "NODE_FAIL")
+    with pytest.raises(SpecError, match="TOKEN"):
+        world.submit()
+
+
 def test_resume_reads_the_secrets_again(world: World) -> None:
     run = world.ended("needs_resume", "preempted")
     assert not world.paths(run).secrets.exists()
