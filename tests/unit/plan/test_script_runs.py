@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,8 @@ class Stage:
         (self.directory / "code").write_text(str(code))
         (self.directory / "finish-code").write_text(str(finish))
         environ = {"PATH": f"{self.directory}:{os.environ['PATH']}", "STAGE": str(self.directory)}
-        self.process = subprocess.Popen(["bash", self.directory / "script"], env=environ)
+        script = self.directory / "script"
+        self.process = subprocess.Popen(["bash", script], env=environ, start_new_session=True)
 
     def log(self) -> list[str]:
         path = self.directory / "log"
@@ -72,17 +73,36 @@ class Stage:
         return self.process.wait(timeout=20)
 
 
+NewStage = Callable[..., Stage]
+
+
+@pytest.fixture
+def new_stage(tmp_path: Path) -> Iterator[NewStage]:
+    """Makes stages; whatever a failing test leaves running is ended."""
+    stages: list[Stage] = []
+
+    def make(**slurm: Any) -> Stage:
+        stages.append(Stage(tmp_path, **slurm))
+        return stages[-1]
+
+    yield make
+    for stage in stages:
+        if stage.process is not None and stage.process.poll() is None:
+            os.killpg(stage.process.pid, signal.SIGKILL)
+            stage.process.wait()
+
+
 @pytest.mark.parametrize(("code", "finish"), [(0, 0), (75, 75), (1, 1), (137, 75), (93, 93)])
-def test_the_agent_judges_and_its_code_is_the_script_s(tmp_path: Path, code: int, finish: int) -> None:
-    stage = Stage(tmp_path)
+def test_the_agent_judges_and_its_code_is_the_script_s(new_stage: NewStage, code: int, finish: int) -> None:
+    stage = new_stage()
     stage.start(code=code, finish=finish)
     assert stage.end() == finish
     assert stage.log() == ["srun 4 0", f"agent finish status {code}"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGTERM])
-def test_every_notice_reaches_srun_as_usr1_and_the_wait_goes_on(tmp_path: Path, signum: int) -> None:
-    stage = Stage(tmp_path)
+def test_every_notice_reaches_srun_as_usr1_and_the_wait_goes_on(new_stage: NewStage, signum: int) -> None:
+    stage = new_stage()
     stage.start(code=75, finish=75)
     stage.wait(lambda: stage.log() == ["srun 4 0"])
     assert stage.process is not None
@@ -94,8 +114,8 @@ def test_every_notice_reaches_srun_as_usr1_and_the_wait_goes_on(tmp_path: Path, 
     assert stage.log() == ["srun 4 0", "told", "told", "agent finish status 75"]
 
 
-def test_cont_alone_ends_no_wait(tmp_path: Path) -> None:
-    stage = Stage(tmp_path)
+def test_cont_alone_ends_no_wait(new_stage: NewStage) -> None:
+    stage = new_stage()
     stage.start(code=0)
     stage.wait(lambda: stage.log() == ["srun 4 0"])
     assert stage.process is not None
@@ -104,8 +124,8 @@ def test_cont_alone_ends_no_wait(tmp_path: Path) -> None:
     assert stage.log() == ["srun 4 0", "agent finish status 0"]
 
 
-def test_agents_begin_with_a_notice_that_came_during_set_up(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, setup=['touch "$STAGE/setting-up"', 'until [ -e "$STAGE/set-up" ]; do sleep 0.02; done'])
+def test_agents_begin_with_a_notice_that_came_during_set_up(new_stage: NewStage, tmp_path: Path) -> None:
+    stage = new_stage(setup=['touch "$STAGE/setting-up"', 'until [ -e "$STAGE/set-up" ]; do sleep 0.02; done'])
     stage.start(code=75, finish=75)
     stage.wait((tmp_path / "setting-up").exists)
     assert stage.process is not None
@@ -115,7 +135,7 @@ def test_agents_begin_with_a_notice_that_came_during_set_up(tmp_path: Path) -> N
     assert stage.end() == 75
 
 
-def test_an_unset_variable_in_set_up_is_the_user_s_business(tmp_path: Path) -> None:
-    stage = Stage(tmp_path, setup=['echo "x $NOT_SET" > /dev/null'])
+def test_an_unset_variable_in_set_up_is_the_user_s_business(new_stage: NewStage) -> None:
+    stage = new_stage(setup=['echo "x $NOT_SET" > /dev/null'])
     stage.start()
     assert stage.end() == 0
