@@ -128,6 +128,7 @@ class Service:
                 stdout=log,
                 stderr=log,
                 cwd="/",
+                start_new_session=True,  # a Ctrl-C or a killed process group is the supervisor's to answer, in order
             )
 
     def wait_ready(self) -> None:
