@@ -48,14 +48,14 @@ check: lint type contracts ## lint, type and contracts
 test: $(STAMP) system ## every test, the real cluster included where the machine allows it
 	@status=0; \
 	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not cluster' || status=$$?; \
-	$(PYTEST) -m cluster || status=$$?; \
+	$(PYTEST) tests/cluster || status=$$?; \
 	exit $$status
 
 unit: $(STAMP) ## the tests that need neither Slurm nor an engine
 	$(PYTEST) --numprocesses 2 --dist worksteal -m 'not cluster'
 
 cluster-test: $(STAMP) system ## the tests on the real cluster
-	$(PYTEST) -m cluster
+	$(PYTEST) tests/cluster
 
 cluster: $(STAMP) system ## start the test cluster by hand; Ctrl-C ends it
 	@$(BIN)/python -m tests.cluster
