@@ -20,8 +20,12 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.paths import RunPaths
+from orchestrator.registry import read_events
 from tests.integration.forked import outputs, run_ranks
 from tests.integration.toy import Toy, train, verdict
+
+pytestmark = pytest.mark.slow
 
 Reference = Callable[[Toy, int], Path]
 
@@ -147,6 +151,22 @@ def test_a_checkpoint_saved_in_a_hook_by_others_is_exact_too(
     assert done[0] == done[1]  # a validation that was due is not skipped
 
 
+def test_rank_zeros_clock_makes_all_ranks_save(reference: Reference, tmp_path: Path) -> None:
+    toy = Toy(every_minutes=1e-9, every_epochs=None)
+    assert attempt(replace(toy, at=6, signal=signal.SIGKILL), tmp_path, 0, world_size=2) == [-signal.SIGKILL] * 2
+    assert attempt(toy, tmp_path, 1, world_size=2) == [0, 0], outputs(tmp_path, 1)
+    assert_exact(reference(Toy(), 2), tmp_path, repeated=True)
+    resumed = [event["step"] for event in read_events(RunPaths(tmp_path)) if event["event"] == "resumed"]
+    assert resumed in ([5], [6])
+
+
+def test_a_resume_saves_nothing_that_is_saved_already(tmp_path: Path) -> None:
+    attempt(replace(Toy(), at=7), tmp_path, 0)
+    attempt(replace(Toy(), at=9), tmp_path, 1)
+    saved = [event["step"] for event in read_events(RunPaths(tmp_path)) if event["event"] == "checkpoint_committed"]
+    assert len(saved) == len(set(saved)), saved
+
+
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(reference: Reference, tmp_path: Path) -> None:
     toy = Toy(validate_every=5, workers=1)
     stops = [replace(toy, at=2, rank=1), replace(toy, at=4, rank=1, at_validation_batch=0), replace(toy, at=15, rank=0)]
@@ -168,6 +188,7 @@ def test_a_save_that_fails_ends_the_run_and_says_why(tmp_path: Path, toy: Toy) -
     said = verdict(tmp_path, 1)
     assert (said["outcome"], said["reason"]) == ("failed", "checkpoint_failure")
     assert "too large" in said["message"]
+    assert not (tmp_path / "verdict-001.rank1.json").exists()  # what broke there is the connection to rank 0
     assert attempt(Toy(), tmp_path, 2, world_size=2) == [0, 0], outputs(tmp_path, 2)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +19,18 @@ import pytest
 import torch
 
 from jobs.data.digits import write_digits
+from jobs.pretrain.__main__ import main
 from jobs.pretrain.run import run
 from jobs.pretrain.settings import PretrainSettings, parse_settings
 from orchestrator.checkpoint import open_store
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
+from orchestrator.spec.arguments import render_argument
 from tests.integration.forked import outputs, run_ranks
 from tests.integration.test_exact_loops import differences
 from tests.integration.toy import verdict
+
+pytestmark = pytest.mark.slow
 
 STEPS = 36  # 3 epochs of 12
 EVERY_STEPS = 5
@@ -166,10 +171,43 @@ def test_a_signal_before_the_first_step_and_one_after_the_last(
     assert_exact(reference(1), tmp_path)
 
 
+def _command(settings: PretrainSettings, **changed: object) -> None:
+    values = {**settings.model_dump(mode="json", exclude_defaults=True), **changed}
+    sys.exit(
+        main([f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()])
+    )
+
+
+def test_a_finished_run_is_found_finished_and_keeps_its_settings(
+    settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path
+) -> None:
+    expected = reference(1)
+    run_dir = tmp_path / "copy"
+    shutil.copytree(expected, run_dir, symlinks=True)
+    assert run_ranks(partial(_command, settings), run_dir, world_size=1, attempt=1) == [0], outputs(run_dir, 1)
+    assert_exact(expected, run_dir)
+    codes = run_ranks(partial(_command, settings, epochs=4), run_dir, world_size=1, attempt=2)
+    assert codes == [7]
+    assert "epochs: 3 before, 4 now" in outputs(run_dir, 2)
+    codes = run_ranks(partial(_command, settings, batch_size=33), tmp_path / "odd", world_size=2, attempt=0)
+    assert set(codes) == {2}
+    assert "use batch_size 32" in outputs(tmp_path / "odd", 0)
+
+
+def test_a_seed_drawn_once_is_used_again(settings: PretrainSettings, tmp_path: Path) -> None:
+    unseeded = settings.model_copy(update={"seed": None, "epochs": 1})
+    stop = At(tmp_path, 0, 3, signal.SIGUSR1, rank=0)
+    assert run_ranks(partial(run, unseeded), tmp_path, world_size=2, attempt=0, watch=stop) == [0, 0]
+    seed = json.loads((tmp_path / "environment.json").read_text())["seed"]
+    assert run_ranks(partial(run, unseeded), tmp_path, world_size=2, attempt=1) == [0, 0], outputs(tmp_path, 1)
+    assert json.loads((tmp_path / "environment.json").read_text())["seed"] == seed
+    assert f'"seed": {seed}' in (tmp_path / "train.log").read_text()
+
+
 def test_under_a_bare_torchrun(settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path) -> None:
     """No ORCH_* variables: the ranks agree through torchrun's store, save, pass a barrier and exit with 75."""
     values = {**settings.model_dump(mode="json", exclude_defaults=True), "out": str(tmp_path)}
-    words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in values.items()]
+    words = [f"--{key}={render_argument(value)}" for key, value in values.items()]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d"]
     command = [*torchrun, "--rdzv-endpoint=127.0.0.1:0", "-m", "jobs.pretrain", "--", *words]
     output = tmp_path.parent / "torchrun.txt"

@@ -15,6 +15,8 @@ import torch
 from tests.integration.forked import outputs, run_ranks
 from tests.integration.toy import verdict
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 
 

@@ -37,6 +37,7 @@ class Toy:
     workers: int = 0
     every_steps: int | None = None
     every_epochs: int | None = 1
+    every_minutes: float | None = None
     at: int | None = None
     at_validation_batch: int | None = None  # of the validation that follows `at`
     rank: int = 0
@@ -153,7 +154,7 @@ class SaveInHook(pl.Callback):
 def train(toy: Toy, run_dir: Path) -> None:
     """One attempt, in this process; ends it when interrupted."""
     torch.set_num_threads(1)
-    exact = ExactResume(seed=7, settings=CheckpointSettings(every_steps=toy.every_steps, every_epochs=toy.every_epochs))
+    exact = ExactResume(seed=7, settings=CheckpointSettings(toy.every_steps, toy.every_minutes, toy.every_epochs))
     sampler = exact.batch_sampler(SIZE, BATCH)
     loader = torch.utils.data.DataLoader(
         SeededDataset(Noisy(), seed=7), batch_sampler=sampler, **exact_loader_options(toy.workers)
