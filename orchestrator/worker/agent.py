@@ -283,7 +283,7 @@ class NodeAgent:
             attempt=self.place.attempt,
             node=self.place.node_name,
             image=container["image"],
-            mounts=tuple(mounts),
+            mounts=tuple(dict.fromkeys(mounts)),  # a workspace may be our own code: one snapshot, one mount
             mem_bytes=orders["mem_bytes"],
             cpus=orders["cpus_per_task"],
             host_network=self.place.nodes > 1,
