@@ -1,4 +1,4 @@
-"""What every backend must do. The real cluster runs the same suite: `tests/cluster` adds its case to `CASES`."""
+"""What every backend must do. `tests/cluster/test_backend_contract.py` runs the same suite on a real cluster."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ class Case:
     make_plan: Callable[[str], Plan]
     unknown: JobHandle
     started: list[JobHandle] = field(default_factory=list)
-    run_dirs: list[Path] = field(default_factory=list)
+    plans: list[Plan] = field(default_factory=list)
 
     def submit(self, name: str = "run") -> JobHandle:
         plan = self.make_plan(name)
-        self.run_dirs.append(plan.run_dir)
+        self.plans.append(plan)
         handle = self.backend.submit(plan, environ=dict(os.environ))
         self.started.append(handle)
         return handle
 
     def cancel(self, handle: JobHandle) -> None:
         """As `operations.cancel` does it: the tombstone first, so that nothing requeues the job."""
-        for run_dir in self.run_dirs:
-            RunPaths(run_dir).tombstone.touch()
+        for plan in self.plans:
+            RunPaths(plan.run_dir).tombstone.touch()
         self.backend.cancel(handle)
 
     def status(self, handle: JobHandle) -> JobStatus:
@@ -65,6 +65,7 @@ def planner(folder: Path, backend: str) -> Callable[[str], Plan]:
             "root": str(folder / "root"),
             "job": {"command": [sys.executable, "-c", "import time; time.sleep(600)"]},
             "workspace": {"path": str(workspace)},
+            "resources": {"mem": "100M", "time": "00:05:00"},
             "preemption": {"lead_time": "1s"},  # the program saves nothing: it is ended when this is over
         }
         request = prepare(spec, overrides=(), root=None, environ={})
