@@ -39,7 +39,7 @@ class _Consequence(NamedTuple):
 
 
 class ExitReason(StrEnum):
-    """Why an attempt ended. Each member knows the final state, the cap that governs a requeue, and what to tell people."""
+    """Why an attempt ended; each member knows the final state, the cap on requeues, and what to tell people."""
 
     COMPLETED = "completed"
     PREEMPTED = "preempted"
@@ -89,7 +89,7 @@ _CONSEQUENCES: dict[ExitReason, _Consequence] = {
     ExitReason.FENCED: _Consequence(JobState.FAILED, None, "a newer attempt has taken over this run"),
     ExitReason.LAUNCH_FAILURE: _Consequence(JobState.FAILED, "failure", "the launcher could not start the program"),
     ExitReason.CONTAINER_FAILURE: _Consequence(JobState.FAILED, "failure", "the container could not be started"),
-    ExitReason.CHECKPOINT_FAILURE: _Consequence(JobState.FAILED, "failure", "a checkpoint could not be written or read"),
+    ExitReason.CHECKPOINT_FAILURE: _Consequence(JobState.FAILED, "failure", "could not write or read a checkpoint"),
     ExitReason.DEADLINE_MISSED: _Consequence(
         JobState.NEEDS_RESUME, "max_requeues", "was stopped before a save was complete; the previous checkpoint stands"
     ),

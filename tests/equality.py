@@ -10,7 +10,7 @@ import torch
 
 
 def assert_same_run(untouched: Path, other: Path) -> None:
-    """Exported weights, the last checkpoint (weights, optimizer, schedule, loop counters) and every row of metrics.csv."""
+    """Exported weights, last checkpoint (weights, optimizer, schedule, loop counters), every row of metrics.csv."""
     assert_same_tree(_export(untouched), _export(other), "exported weights")
     assert_same_tree(_state(untouched), _state(other), "last checkpoint")
     assert (untouched / "metrics.csv").read_text() == (other / "metrics.csv").read_text()
