@@ -54,8 +54,13 @@ class Cluster:
             start_new_session=True,  # Ctrl-C reaches only pytest, which then lets go of the leash
         )
         assert process.stdout is not None
-        ready, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
-        line = process.stdout.readline() if ready else ""
+        try:
+            ready, _, _ = select.select([process.stdout], [], [], _START_TIMEOUT_S)
+            line = process.stdout.readline() if ready else ""
+        except BaseException:  # Ctrl-C: while it starts it does not look at the leash, but it obeys SIGTERM
+            process.terminate()
+            _let_go(process)
+            raise
         description = json.loads(line) if line else {"error": f"no word from the supervisor (code {process.poll()})"}
         if "error" in description:
             _let_go(process)
