@@ -27,7 +27,8 @@ def main() -> int:
         print(f"export ORCH_TEST_CLUSTER={cluster.directory}   # pytest then uses this cluster")
         print(f"# image: {cluster.image}\n# Ctrl-C ends it.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.pause()
+        cluster.hold()
+        print("# the cluster has ended by itself", flush=True)
     except KeyboardInterrupt:
         print("\n# ending the cluster", flush=True)
     finally:

@@ -77,6 +77,11 @@ class Cluster:
         if self._process is not None:
             _let_go(self._process)
 
+    def hold(self) -> None:
+        """Block until the cluster has ended, by whatever hand."""
+        if self._process is not None:
+            self._process.wait()
+
     @property
     def env(self) -> dict[str, str]:
         """This process's environment with the cluster's variables: pass it to whatever shall talk to the cluster."""
