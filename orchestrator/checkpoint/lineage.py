@@ -12,7 +12,7 @@ Refinements, each for a failure that happens:
   Without this the older, already replaced attempt would win. Whether an epoch is void is decided by the epochs below
   it, which exist when it is created, so the answer never changes.
 * A fence that was **withdrawn** by its own attempt (it could not start after all) is void as well.
-* A fence that cannot be read has lost its base. Copies are in the manifests of its epoch and in all later fences; when
+* A fence that cannot be read has lost its base. Copies are in the manifests of its epoch and in the next fences; when
   there is none, that attempt never committed anything and no later one started, and the epoch bounds nobody: to go on
   from a checkpoint of the older attempt is a consistent history, to throw all of them away is not.
 """
@@ -44,7 +44,7 @@ class Fence:
     nonce: str = ""
     opened_at: float = 0.0  # unix seconds, for people
     withdrawn: bool = False
-    bases: Mapping[int, int] = field(default_factory=dict)  # bases of the epochs below, should their files be damaged
+    bases: Mapping[int, int] = field(default_factory=dict)  # of the epochs just below, should their files be damaged
 
     @property
     def file_name(self) -> str:

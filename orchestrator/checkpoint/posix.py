@@ -46,6 +46,7 @@ from orchestrator.files import fsync_dir, open_atomic, write_atomic
 _log = logging.getLogger(__name__)
 
 MINIMUM_KEPT = 2  # the newest may turn out to be unreadable tomorrow
+REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
 _RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 _CHUNK_BYTES = 4 << 20
 _VANISHING = (errno.ENOENT, errno.ESTALE)  # what an NFS client answers for a moment after a rename on another machine
@@ -317,7 +318,7 @@ class PosixStore:
             pid=os.getpid(),
             nonce=os.urandom(8).hex(),
             opened_at=self._clock(),
-            bases=lineage.bases,
+            bases=dict(sorted(lineage.bases.items())[-REMEMBERED_BASES:]),
         )
 
     def _require_newest(self, base: Manifest | None, live: Sequence[Manifest]) -> None:

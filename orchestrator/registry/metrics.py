@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import errno
-import io
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,10 +46,8 @@ class MetricsLog:
         """Append one row per metric with a single write. Floats read back exactly. Raises RegistryError."""
         if not metrics:
             return
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows((step, epoch, name, float_word(float(value))) for name, value in metrics.items())
-        data = text.getvalue().encode(errors="backslashreplace")
+        rows = [_render_row(str(step), str(epoch), name, float_word(float(v))) for name, v in metrics.items()]
+        data = "".join(rows).encode(errors="backslashreplace")
         try:
             size = os.fstat(self._fd).st_size
             if os.write(self._fd, data) != len(data):  # the disk is full: no half row stays
@@ -101,19 +98,20 @@ def _rewrite(path: Path, resumed_step: int | None, keep_rows: int | None) -> int
     kept = 0
     with open_atomic(path) as handle:
         handle.write(_HEADER.encode())
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
         for row in _iter_rows(path) if resumed_step is not None else ():
             if resumed_step is None or int(row[0]) > resumed_step or kept == keep_rows:
                 continue
-            writer.writerow(row)
+            handle.write(_render_row(*row).encode(errors="surrogateescape"))
             kept += 1
-            if text.tell() > 1 << 20:  # a long run's file does not fit in memory twice
-                handle.write(text.getvalue().encode(errors="surrogateescape"))
-                text.seek(0)
-                text.truncate()
-        handle.write(text.getvalue().encode(errors="surrogateescape"))
     return kept
+
+
+def _render_row(step: str, epoch: str, name: str, value: str) -> str:
+    # Not csv.writer: which characters it quotes differs between Python versions, and a lone "\r", which some leave
+    # unquoted, cannot be read back. Equal runs must have equal files on every interpreter.
+    if any(character in name for character in ',"\r\n'):
+        name = '"' + name.replace('"', '""') + '"'
+    return f"{step},{epoch},{name},{value}\n"
 
 
 def _iter_rows(path: Path) -> Iterator[list[str]]:

@@ -31,13 +31,13 @@ def log_steps(log: MetricsLog, first: int, last: int) -> None:
 def test_the_format(path: Path) -> None:
     with MetricsLog(path, resumed_step=None) as log:
         log.append(1, 0, {"loss": 0.1, "acc": 1, "flag": True})
-        log.append(2, 0, {'a "b", c': math.nan, "x": math.inf, "y": -math.inf})
+        log.append(2, 0, {'a "b", c': math.nan, "carriage\rreturn": 1.0, "x": math.inf, "y": -math.inf})
         log.append(3, 1, {})
-        assert log.rows == 6
-    assert path.read_text() == (
+        assert log.rows == 7
+    assert path.read_bytes().decode() == (
         "step,epoch,name,value\n"
         "1,0,loss,0.1\n1,0,acc,1.0\n1,0,flag,1.0\n"
-        '2,0,"a ""b"", c",NaN\n2,0,x,Infinity\n2,0,y,-Infinity\n'
+        '2,0,"a ""b"", c",NaN\n2,0,"carriage\rreturn",1.0\n2,0,x,Infinity\n2,0,y,-Infinity\n'
     )
 
 
