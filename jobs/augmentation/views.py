@@ -21,16 +21,17 @@ class RandomViews:
 
     def __init__(self, settings: TransformSettings, *, image_size: int) -> None:
         strength = settings.jitter_strength
-        kernel = max(3, image_size // 10 * 2 // 2 | 1)
-        self._augment = torch.nn.Sequential(
+        kernel = max(3, image_size // 10 | 1)  # about a tenth of the image, odd
+        parts = (
             K.RandomResizedCrop((image_size, image_size), scale=(settings.min_scale, 1.0)),
             K.RandomHorizontalFlip(p=settings.flip),
             K.ColorJitter(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength, p=settings.jitter),
             K.RandomGrayscale(p=settings.grayscale),
             K.RandomGaussianBlur((kernel, kernel), (0.1, 2.0), p=settings.blur),
         )
-        for part in self._augment:
+        for part in parts:
             part.set_rng_device_and_dtype(torch.device("cpu"), torch.float32)
+        self._augment = torch.nn.Sequential(*parts)
 
     @torch.no_grad()
     def __call__(self, images_BCHW: Tensor) -> Tensor:

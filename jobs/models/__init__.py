@@ -46,4 +46,5 @@ def _build_timm(model: str, args: Mapping[str, Any]) -> tuple[nn.Module, int]:
         backbone = timm.create_model(model, **{"pretrained": False, **args, "num_classes": 0})
     except TypeError as error:
         raise SpecError(f"model_args: {error}", hint=f"see timm's {model}") from error
-    return backbone, int(backbone.num_features)
+    width: Any = backbone.num_features
+    return backbone, int(width)

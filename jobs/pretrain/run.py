@@ -97,7 +97,7 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, before CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=_on_gpu(settings))
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     _check_batch_size(settings.batch_size, session.world_size)
     data = ImageFolder(settings.data_paths, image_size=settings.transform_args.image_size)
     if len(data) < settings.batch_size:
@@ -175,8 +175,9 @@ def _log_start(session: Session, ckpt_path: str | None) -> None:
 
 
 def _trainer(session: Session, settings: PretrainSettings, **options: Any) -> Any:
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.pytorch import Trainer
-    from lightning.pytorch.plugins.environments import LightningEnvironment, TorchElasticEnvironment
     from lightning.pytorch.strategies import DDPStrategy
 
     on_gpu = _on_gpu(settings)

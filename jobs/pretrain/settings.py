@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr, ValidationError
 
 from orchestrator.errors import SpecError
 
+Section = TypeVar("Section", bound=BaseModel)
 PositiveInt = Annotated[StrictInt, Field(ge=1, le=10**9)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -83,7 +84,7 @@ def parse_settings(values: Mapping[str, Any]) -> PretrainSettings:
     return parse_section(PretrainSettings, values)
 
 
-def parse_section(model: type[Any], values: Mapping[str, Any], *, prefix: str = "") -> Any:
+def parse_section(model: type[Section], values: Mapping[str, Any], *, prefix: str = "") -> Section:
     """`values` as an instance of the pydantic `model`; `prefix` names the setting they come from in messages."""
     try:
         return model.model_validate(dict(values))

@@ -136,8 +136,8 @@ class _Stateful(Protocol):
 class ResumableLoop:
     """Saves and restores what has a `state_dict` at step boundaries of a hand-written training loop.
 
-    `step`, `epoch` and `batch` say where to go on. Call `step_done()` after each optimizer step and `epoch_done()` after
-    each epoch: they save when due, and do not return when the run was asked to stop. Every call is collective.
+    `step`, `epoch` and `batch` say where to go on. Call `step_done()` after each optimizer step and `epoch_done()`
+    after each epoch: they save when due, and do not return when the run was asked to stop. Every call is collective.
     """
 
     def __init__(self, session: Session, parts: Mapping[str, _Stateful], *, max_steps: int | None = None) -> None:

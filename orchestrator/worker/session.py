@@ -25,7 +25,7 @@ from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, ope
 from orchestrator.errors import CheckpointError, Fenced
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import RunPaths
-from orchestrator.registry import EventLog, HeartbeatThread, ProgressWriter
+from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
 
@@ -328,6 +328,10 @@ class Session:
         if self._progress is not None:
             self._progress.update(step, epoch, max_steps, throughput)
 
+    def open_metrics(self, *, keep_rows: int | None = None) -> MetricsLog:
+        """metrics.csv (rank 0), cut back to the resumed step and to the `keep_rows` its checkpoint knew of."""
+        return MetricsLog(self.paths.metrics, resumed_step=self.resumed_step, keep_rows=keep_rows)
+
     def verdict(
         self,
         outcome: str,
@@ -416,21 +420,23 @@ class Session:
             self.verdict("fenced", step=step, epoch=epoch, reason=ExitReason.FENCED, message=str(error))
             log.error("%s", error)
             self.leave(ExitCode.NEVER_RESTART)
-        if not self.is_chief and self._chief_has_left():
+        said = None if self.is_chief else self._what_the_chief_said()
+        if said in ("saved", "unsaved", "fenced"):
             self.leave_stopped()
+        if said == "failed":
+            return  # rank 0 failed first and has said why; what broke here is the connection to it
         summary = "".join(traceback.format_exception_only(error)).strip()
         self.verdict("failed", step=step, epoch=epoch, reason=_failure_reason(error), message=summary)
 
-    def _chief_has_left(self) -> bool:
-        """A broken connection right after rank 0's verdict is how its leaving looks from here, not a failure."""
+    def _what_the_chief_said(self) -> str | None:
+        """Rank 0's verdict: a connection that breaks right after it is how rank 0's leaving looks from here."""
         limit = time.monotonic() + (VERDICT_WAIT_S if self.stop_requested else 0.0)
         while True:
             try:
-                outcome = read_json(self.paths.verdict(self.attempt))["outcome"]
+                return str(read_json(self.paths.verdict(self.attempt))["outcome"])
             except FileNotFoundError:
-                outcome = None
-            if outcome is not None or time.monotonic() >= limit:
-                return outcome in ("saved", "unsaved", "fenced")
+                if time.monotonic() >= limit:
+                    return None
             time.sleep(0.05)
 
     def close(self) -> None:

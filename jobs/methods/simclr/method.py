@@ -60,8 +60,7 @@ class SimCLR(LightningModule):
         z = F.normalize(self.projector(self.backbone(torch.cat(views))), dim=1)
         loss = distributed_nt_xent(z.reshape(2, len(images_BCHW), -1), temperature=self._temperature)
         self.log("loss", loss, on_step=True, on_epoch=True, batch_size=len(images_BCHW), sync_dist=True)
-        optimizer = self.optimizers(use_pl_optimizer=False)
-        self.log("lr", optimizer.param_groups[0]["lr"], on_step=True, on_epoch=False)
+        self.log("lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
         return loss
 
     def configure_optimizers(self) -> Any:

@@ -1,10 +1,12 @@
-"""Exact stop and resume for a plain Lightning Trainer. A stranger adds three things (docs/exact-resume.md, section 3):
+"""Exact stop and resume for a plain Lightning Trainer. One callback, one batch sampler, one seeding helper.
 
-exact = ExactResume(seed=0)                                               # one callback
-sampler = exact.batch_sampler(len(data), batch_size=64)                   # one batch sampler
-loader = DataLoader(SeededDataset(data, seed=0), batch_sampler=sampler)   # one seeding helper
-Trainer(callbacks=[exact], logger=RunLogger(exact.session), use_distributed_sampler=False)
-trainer.fit(model, loader, ckpt_path=exact.ckpt_path)
+    exact = ExactResume(seed=0)
+    sampler = exact.batch_sampler(len(data), batch_size=64)
+    loader = DataLoader(SeededDataset(data, seed=0), batch_sampler=sampler, **exact_loader_options(num_workers=2))
+    trainer = Trainer(callbacks=[exact], logger=RunLogger(exact.session), use_distributed_sampler=False)
+    trainer.fit(model, loader, ckpt_path=exact.ckpt_path)
+
+docs/exact-resume.md, section 3, explains each.
 """
 
 from orchestrator.integrations.lightning.callback import ExactResume

@@ -124,6 +124,7 @@ class ExactResume(Callback):
         saved = checkpoint.get(STATE_KEY)
         if saved is None:
             return
+        self._schedule.saved(checkpoint["global_step"])
         for sampler in self._samplers:
             sampler.seek(*saved["position"])
         for logger in _run_loggers(trainer):
@@ -145,8 +146,6 @@ class ExactResume(Callback):
         self._agreement = Agreement(3, trainer.world_size)
         self._step = trainer.global_step
         self._max_steps = _max_steps(trainer)
-        if trainer.fit_loop.restarting and self._step:
-            self._schedule.saved(self._step)
         if self._restored is not None and trainer.fit_loop.restarting and epoch_is_open(trainer):
             load_accumulators(self._restored, trainer, pl_module)
         self._restored = None

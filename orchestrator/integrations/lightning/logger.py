@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.loggers.logger import Logger
 
-from orchestrator.registry import MetricsLog
 from orchestrator.worker.session import Session
+
+if TYPE_CHECKING:
+    from orchestrator.registry import MetricsLog
 
 
 class RunLogger(Logger):
@@ -35,9 +37,7 @@ class RunLogger(Logger):
     def open(self) -> None:
         """Cut the file back to the resumed step (rank 0). Once; at the latest before the first row."""
         if self._log is None and self._session.is_chief:
-            self._log = MetricsLog(
-                self._session.paths.metrics, resumed_step=self._session.resumed_step, keep_rows=self._keep_rows
-            )
+            self._log = self._session.open_metrics(keep_rows=self._keep_rows)
 
     def state_dict(self) -> dict[str, int | None]:
         """What a checkpoint notes of this file: how many rows it has. The rows are made durable first."""
