@@ -129,7 +129,7 @@ def row_of(row: RunRow, now: float) -> list[Segment]:
         (row.job_id or "", ""),
         (step, ""),
         ("" if row.submitted is None else f"{duration(now - row.submitted)} ago", ""),
-        (row.message, "dim"),
+        ("" if row.state in (JobState.COMPLETED, JobState.CANCELLED) else row.message, "dim"),
     ]
 
 

@@ -60,6 +60,8 @@ def cancel(run: str, *, root: str | Path | None = None, open_backend: OpenBacken
 def _stop(record: Record, before: Standing, open_backend: OpenBackend) -> Cancelled:
     handle = record.submission.handle if record.submission else None
     running = False
+    if before.alive:
+        _must_be_here(record, "cancel")
     if handle is not None and before.alive:
         backend = open_backend(handle.backend)
         try:
@@ -76,6 +78,14 @@ def _stop(record: Record, before: Standing, open_backend: OpenBackend) -> Cancel
     if record.newest("cancelled") is None or not record.tombstone:
         EventLog(record.paths, "login").append("cancelled", by=_user(), job_id=handle.job_id if handle else None)
     return _cancelled(record, "cancelling" if running else "cancelled")
+
+
+def _must_be_here(record: Record, verb: str) -> None:
+    if record.elsewhere is not None:
+        raise BackendError(
+            f"{record.run_id} runs on {record.elsewhere}, and a local run can only be reached from its own machine",
+            hint=f"on {record.elsewhere}:  orch {verb} {record.paths.run_dir}",
+        )
 
 
 def _cancelled(record: Record, action: str) -> Cancelled:
@@ -108,6 +118,7 @@ def preempt(
             f"{record.run_id} is {standing.state.value}, not running{reason}",
             hint="a drill needs a running job; `orch status` shows where it is",
         )
+    _must_be_here(record, "preempt")
     plan = _agent_plan(paths)
     name = str(plan.get("signal") or "USR1")
     now = clock()
@@ -167,7 +178,7 @@ def resume(
         if done is not None:
             return done
         check(spec, environ)
-        place = Path(str(plan["root"]))
+        place = paths.run_dir.parent.parent  # not the plan's: the root may have been moved since
         return start(spec, record, place, str(plan["code_hash"]), environ, open_backend(spec.backend))
 
 

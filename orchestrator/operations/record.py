@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -74,6 +75,15 @@ class Record:
         numbers = [int(row["attempt"]) for row in self.attempts if row.get("attempt") is not None]
         base = self.submission.attempt_base if self.submission else 0
         return bool(self.sidecar) and max(numbers, default=-1) >= base
+
+    @property
+    def elsewhere(self) -> str | None:
+        """The machine a local run was started on, when it is not this one: its processes cannot be seen from here."""
+        if self.submission is None or self.submission.backend != "local" or not self.attempts:
+            return None
+        nodes = self.attempts[-1].get("nodes") or ()
+        names = [nodes] if isinstance(nodes, str) else list(nodes)
+        return str(names[0]) if names and os.uname().nodename not in names else None
 
     @property
     def heartbeat_fresh(self) -> bool:

@@ -44,7 +44,8 @@ def _alive(record: Record, job: JobStatus | None) -> bool:
     if is_settled(record) or (
         job is not None and record.submission is not None and record.submission.backend == "local"
     ):
-        return False  # a local agent that is not among the processes has ended, whatever its orphans still write
+        # A local agent that is not among the processes has ended, whatever its orphans still write.
+        return record.elsewhere is not None and record.heartbeat_fresh
     # Nobody who could be asked knows: a fresh heartbeat means somebody is training (another cluster's queue, say).
     if job is None and record.submission is not None and record.submission.job_id is not None:
         return record.heartbeat_fresh or _stated(record) in (None, JobState.QUEUED, JobState.PREEMPTED)

@@ -167,6 +167,14 @@ def test_resume_works_when_the_workspace_is_gone(world: World) -> None:
     assert world.resume(run).action == "resumed"
 
 
+def test_resume_works_when_the_root_has_moved(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    moved = world.root.rename(world.root.with_name("moved"))
+    operations.resume(str(moved / "runs" / run), environ=world.environ, open_backend=world.backend.open)
+    assert world.backend.plans[1].run_dir == moved / "runs" / run
+    assert world.backend.plans[1].agent["code_dir"].startswith(str(moved))
+
+
 def test_resume_with_other_resources(world: World) -> None:
     run = world.ended("failed", "out_of_memory")
     world.resume(run, overrides=["resources.mem=80G", "slurm.partition=high"])

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator import operations
 from orchestrator.backends.base import SchedulerState
-from orchestrator.errors import RunNotFound
+from orchestrator.errors import BackendError, RunNotFound
 from orchestrator.files import write_json
 from orchestrator.registry import EventLog
 from orchestrator.states import ExitReason, JobState
@@ -193,6 +193,23 @@ def test_a_torn_event_line_hides_nothing_else(world: World) -> None:
     checkpoint = world.status(run).last_checkpoint
     assert checkpoint is not None
     assert checkpoint.step == 5
+
+
+def test_a_local_run_of_another_machine_is_believed_while_its_heart_beats(world: World) -> None:
+    world.backend.name = "local"
+    spec = {"name": "job", "backend": "local", "root": str(world.root), "job": {"command": ["true"]}}
+    done = world.submit({**spec, "workspace": {"path": str(world.folder)}})
+    agent = FakeAgent(world.paths(done.run_id))
+    agent.begin(0)  # on n1, which is not this machine
+    world.backend.states.clear()
+    world.paths(done.run_id).heartbeat.touch()
+    assert world.status(done.run_id).alive
+    with pytest.raises(BackendError, match="runs on n1") as caught:
+        world.cancel(done.run_id)
+    assert "on n1:  orch cancel" in str(caught.value.hint)
+    old = time.time() - 600
+    os.utime(world.paths(done.run_id).heartbeat, (old, old))
+    assert world.status(done.run_id).state is JobState.CANCELLED  # the tombstone stands
 
 
 # --- ps
