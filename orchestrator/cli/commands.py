@@ -287,6 +287,10 @@ def _tell(news: DrillNews) -> tuple[str, bool]:
         return "", True
     if status.state.terminal and not status.succeeded:
         return f" … the run ended: {status.state.value.replace('_', ' ')}. {status.message}", False
+    if not status.attempts or status.attempts[-1].resumed_step is None:
+        if status.progress.step is None:
+            return f". It does not tell orch what it saved:  orch logs {status.run_id}", True
+        return " … it began again at the beginning: nothing was saved. Is the signal handled?", False
     lost = next((row.steps_lost for row in reversed(status.attempts[:-1]) if row.steps_lost is not None), None)
     return ("" if lost is None else f" {out.count(lost)} steps lost."), True
 

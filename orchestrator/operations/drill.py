@@ -15,6 +15,7 @@ from orchestrator.paths import RunPaths
 
 _LOOK_S = 0.2
 _ASK_S = 5.0
+_SILENT_S = 30.0  # a program that does not use our library never says that it resumed
 
 
 @dataclass(frozen=True)
@@ -37,13 +38,14 @@ def watch_drill(
 ) -> Iterator[DrillNews]:
     """Yield news until the run goes on in a new attempt, ends, or the time is up. Blocks."""
     paths = RunPaths(Path(drill.run_dir))
-    end, asked_at, told = clock() + timeout_s, clock(), set[str]()
+    end, asked_at, told, started_at = clock() + timeout_s, clock(), set[str](), float("inf")
     while clock() < end:
         for news in _news(paths, drill):
             if news.kind not in told:
                 told.add(news.kind)
+                started_at = clock() if news.kind == "started" else started_at
                 yield news
-        if "resumed" in told:
+        if "resumed" in told or _begins_anew(paths, drill) or clock() - started_at > _SILENT_S:
             yield DrillNews("ended", status=status_at(paths, open_backend=open_backend))
             return
         if clock() - asked_at > _ASK_S or "finished" in told:
@@ -54,6 +56,12 @@ def watch_drill(
                 return
         sleep(_LOOK_S)
     yield DrillNews("time_up", status=status_at(paths, open_backend=open_backend))
+
+
+def _begins_anew(paths: RunPaths, drill: Signalled) -> bool:
+    """The next attempt makes steps without having resumed: nothing was saved."""
+    attempt = load_record(paths).progress.get("attempt")
+    return isinstance(attempt, int) and drill.attempt is not None and attempt > drill.attempt
 
 
 _KINDS = {

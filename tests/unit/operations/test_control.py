@@ -12,6 +12,7 @@ import pytest
 from orchestrator import operations
 from orchestrator.backends.base import SchedulerState
 from orchestrator.errors import BackendError, RefusedError, RegistryError, RunNotFound, SchedulerUnavailable, SpecError
+from orchestrator.files import write_json
 from orchestrator.operations.drill import watch_drill
 from orchestrator.registry import EventLog, read_events
 from orchestrator.states import JobState
@@ -119,6 +120,19 @@ def test_a_drill_is_told_step_by_step(world: World) -> None:
     status = news[-1].status
     assert status is not None
     assert status.attempts[0].steps_lost == 0
+
+
+def test_a_drill_that_saves_nothing_ends_when_the_next_attempt_makes_steps(world: World) -> None:
+    run, agent = world.running()
+    paths = world.paths(run)
+    drill = operations.preempt(str(paths.run_dir), open_backend=world.backend.open, clock=lambda: time.time() - 1)
+    agent.end("preempted", "preempted", step=17)
+    agent.begin(1)
+    write_json(paths.progress, {"step": 1, "epoch": 0, "max_steps": 9, "attempt": 1, "time": time.time()})
+    news = list(watch_drill(drill, timeout_s=20, open_backend=world.backend.open))
+    assert [item.kind for item in news] == ["started", "ended"]
+    assert news[-1].status is not None
+    assert news[-1].status.attempts[-1].resumed_step is None
 
 
 def test_a_drill_that_ends_the_run_says_so(world: World) -> None:
