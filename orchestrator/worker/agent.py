@@ -194,7 +194,7 @@ class NodeAgent:
         return {
             "program": program,
             "python": python,
-            "torchrun": self._torchrun_args(),
+            "torchrun": self._torchrun_args(directory),
             "cwd": orders["code_dir"],
             "library": orders["library_dir"],
             "env": self._program_environment(directory),
@@ -232,7 +232,7 @@ class NodeAgent:
         values = read_json(self.paths.secrets)
         return {name: values[name] for name in self.orders["secrets"]}
 
-    def _torchrun_args(self) -> list[str] | None:
+    def _torchrun_args(self, directory: NodeDirectory) -> list[str] | None:
         torchrun = self.orders["torchrun"]
         if torchrun is None:
             return None
@@ -241,6 +241,7 @@ class NodeAgent:
             f"--nnodes={place.nodes}",
             f"--nproc-per-node={torchrun['nproc_per_node']}",
             f"--max-restarts={torchrun['max_restarts']}",
+            f"--log-dir={directory.path}",  # else every start leaves an empty directory in /tmp
         ]
         if place.nodes == 1:
             # Port 0: the kernel picks a free one, two jobs on a node cannot collide.
