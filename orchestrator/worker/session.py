@@ -346,6 +346,8 @@ class Session:
         stands, unless a failure comes after it."""
         if checkpoint is None and outcome != "failed" and self.last_manifest is not None:
             checkpoint = self.checkpoint_path(self.last_manifest)
+        if outcome == "completed" and self._progress is not None:
+            self._progress.flush()  # the last step, though the second between two writes has not passed
         committed = self._committed_at if outcome == "saved" else None
         signalled = self.signalled_at
         with self._verdict_lock:
