@@ -13,7 +13,7 @@ from orchestrator.registry import EventLog, SidecarWriter, read_events
 from orchestrator.states import ExitReason, JobState
 from orchestrator.worker import decision as decisions
 from orchestrator.worker.decision import Decision, Evidence, Outcome, decide, judge
-from orchestrator.worker.scheduler import Scheduler, SlurmScheduler
+from orchestrator.worker.scheduler import RUNNING, Scheduler, SlurmScheduler
 
 
 class AttemptBook:
@@ -133,7 +133,7 @@ class AttemptBook:
         silent = False
         if cause is None and not ended_well and isinstance(scheduler, SlurmScheduler):
             job = scheduler.show_job()
-            if job is not None and job.get("JobState") != "RUNNING":
+            if job is not None and job.get("JobState") not in RUNNING:
                 cause = scheduler.why(float(self.orders["lead_time_s"])).cause
             silent = signalled and job is None
         failures = [*self.paths.rank_verdicts(attempt), *self.paths.node_verdicts(attempt)]

@@ -61,6 +61,9 @@ class LocalScheduler:
         return Requeued(ok=True)
 
 
+RUNNING = frozenset({"RUNNING", "SIGNALING", "RESIZING"})
+"""What scontrol calls a job that runs: SIGNALING replaces RUNNING while a signal is on its way (22.05, measured)."""
+
 Runner = Callable[[Sequence[str], float], "tuple[int, str]"]
 
 
@@ -148,7 +151,7 @@ def read_notice(
     """FACTS 2 as a function of `scontrol show job`."""
     state = job.get("JobState", "")
     preempted = _time(job.get("PreemptTime")) is not None
-    if state == "RUNNING":
+    if state in RUNNING:
         end = _time(job.get("EndTime"))
         if preempted:
             return Notice(ExitReason.PREEMPTED, end if end is not None else now + lead_time_s)

@@ -21,6 +21,7 @@ def stamp(seconds: float) -> str:
     ("job", "cause", "deadline"),
     [
         ({"JobState": "RUNNING", "PreemptTime": stamp(0), "EndTime": stamp(20)}, ExitReason.PREEMPTED, 20),
+        ({"JobState": "SIGNALING", "PreemptTime": stamp(0), "EndTime": stamp(20)}, ExitReason.PREEMPTED, 20),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": stamp(110)}, ExitReason.TIME_LIMIT, 110),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": stamp(9999)}, ExitReason.PREEMPTED, 120),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "Unknown"}, ExitReason.PREEMPTED, 120),
