@@ -97,6 +97,8 @@ def test_docker_on_two_nodes_preempted_three_times_equals_the_untouched_run(
     done = orch.wait_for_state(run, "completed", timeout=400)
     assert done["attempt"] == 3
     assert [event["cause"] for event in orch.events(run, "signalled") if event["node"] == "n1"] == ["preempted"] * 3
+    # The grace is 20 s: a notice read wrongly would leave KillWait (5 s) or the time limit (30 min).
+    assert all(10 < event["deadline"] - event["at"] <= 61 for event in orch.events(run, "signalled"))
     assert_no_step_was_lost_or_repeated(orch, run)
     for number in range(3):
         verdict = json.loads((orch.run_dir(run) / f"verdict-{number:03d}.json").read_text())

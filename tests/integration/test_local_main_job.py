@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from jobs.data.digits import write_digits
 from tests.equality import assert_same_run
+from tests.polling import poll
 
 EPOCHS, IMAGES, BATCH = 4, 320, 32
 STEPS = EPOCHS * IMAGES // BATCH
@@ -53,13 +52,6 @@ class Local:
         return Path(self.call("submit", str(path))["run_dir"])
 
 
-def poll(condition: Callable[[], bool], what: str, timeout: float = 180.0) -> None:
-    until = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < until, f"timed out: {what}"
-        time.sleep(0.1)
-
-
 def step_of(run_dir: Path, attempt: int) -> int:
     path = run_dir / "progress.json"
     progress = json.loads(path.read_text()) if path.exists() else {"attempt": -1, "step": 0}
@@ -73,9 +65,9 @@ def test_preempted_twice_on_this_machine_equals_the_untouched_run(
     write_digits(tmp_path / "digits", limit=IMAGES)
     stopped = local.submit("stopped")
     for attempt, step in enumerate([7, 22]):
-        poll(lambda a=attempt, s=step: step_of(stopped, a) >= s, f"step {step} of attempt {attempt}")  # type: ignore[misc]
+        poll(lambda a=attempt, s=step: step_of(stopped, a) >= s, f"step {step} of attempt {attempt}", timeout=180)
         local.call("preempt", stopped.name, "--root", "stopped")
-        poll((stopped / f"verdict-{attempt:03d}.json").exists, "the verdict")
+        poll((stopped / f"verdict-{attempt:03d}.json").exists, "the verdict", timeout=60)
     done = local.call("wait", stopped.name, "--root", "stopped", "--timeout", "240")
     assert done["state"] == "completed"
     attempts = json.loads((stopped / "sidecar.json").read_text())["attempts"]

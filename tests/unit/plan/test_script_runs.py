@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 
 from orchestrator.plan import render_plan
 from orchestrator.spec import parse_spec
+from tests.polling import poll
 
 # srun: notes its arguments and each USR1, and ends with the code in the file `code` once the file `end` is there.
 SRUN = """#!/bin/bash
@@ -61,12 +61,6 @@ class Stage:
         path = self.directory / "log"
         return path.read_text().splitlines() if path.exists() else []
 
-    def wait(self, what: Callable[[], Any]) -> None:
-        until = time.monotonic() + 20
-        while not what():
-            assert time.monotonic() < until, self.log()
-            time.sleep(0.01)
-
     def end(self) -> int:
         (self.directory / "end").touch()
         assert self.process is not None
@@ -104,11 +98,11 @@ def test_the_agent_judges_and_its_code_is_the_script_s(new_stage: NewStage, code
 def test_every_notice_reaches_srun_as_usr1_and_the_wait_goes_on(new_stage: NewStage, signum: int) -> None:
     stage = new_stage()
     stage.start(code=75, finish=75)
-    stage.wait(lambda: stage.log() == ["srun 4 0"])
+    poll(lambda: stage.log() == ["srun 4 0"], "the stand-ins")
     assert stage.process is not None
     for number in (1, 2):
         stage.process.send_signal(signum)
-        stage.wait(lambda n=number: stage.log().count("told") == n)
+        poll(lambda n=number: stage.log().count("told") == n, "the stand-ins")
     assert stage.process.poll() is None
     assert stage.end() == 75
     assert stage.log() == ["srun 4 0", "told", "told", "agent finish status 75"]
@@ -117,7 +111,7 @@ def test_every_notice_reaches_srun_as_usr1_and_the_wait_goes_on(new_stage: NewSt
 def test_cont_alone_ends_no_wait(new_stage: NewStage) -> None:
     stage = new_stage()
     stage.start(code=0)
-    stage.wait(lambda: stage.log() == ["srun 4 0"])
+    poll(lambda: stage.log() == ["srun 4 0"], "the stand-ins")
     assert stage.process is not None
     stage.process.send_signal(signal.SIGCONT)
     assert stage.end() == 0
@@ -127,11 +121,11 @@ def test_cont_alone_ends_no_wait(new_stage: NewStage) -> None:
 def test_agents_begin_with_a_notice_that_came_during_set_up(new_stage: NewStage, tmp_path: Path) -> None:
     stage = new_stage(setup=['touch "$STAGE/setting-up"', 'until [ -e "$STAGE/set-up" ]; do sleep 0.02; done'])
     stage.start(code=75, finish=75)
-    stage.wait((tmp_path / "setting-up").exists)
+    poll((tmp_path / "setting-up").exists, "the stand-ins")
     assert stage.process is not None
     stage.process.send_signal(signal.SIGUSR1)
     (tmp_path / "set-up").touch()
-    stage.wait(lambda: stage.log() == ["srun 4 1"])
+    poll(lambda: stage.log() == ["srun 4 1"], "the stand-ins")
     assert stage.end() == 75
 
 

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from orchestrator.worker import launch
+from tests.polling import poll
 
 PATIENT = """
 import os, signal, sys, time
@@ -28,16 +29,6 @@ with open(sys.argv[1] + ".tmp", "w") as out:
     out.write('{"outcome": "%s"}' % sys.argv[2])
 os.replace(sys.argv[1] + ".tmp", sys.argv[1])
 """
-
-
-def poll(condition: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
-    until = time.monotonic() + timeout
-    while time.monotonic() < until:
-        found = condition()
-        if found:
-            return found
-        time.sleep(0.01)
-    raise AssertionError(f"timed out: {what}")
 
 
 class Node:
