@@ -419,7 +419,7 @@ def local_main(run_dir: Path, environ: Mapping[str, str]) -> int:
     orders = load_orders(run_dir)
     identity = process_identity(os.getpid())
     write_json(paths.local_agent, identity)
-    scheduler = LocalScheduler(local_job_id(identity))
+    scheduler = LocalScheduler(local_job_id(identity), paths.tombstone)
     name = os.uname().nodename
     base, restarts = int(orders["attempt_base"]), 0
     while True:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Protocol
 
 from orchestrator.states import ExitReason
@@ -49,11 +50,14 @@ class Scheduler(Protocol):
 class LocalScheduler:
     """The local backend: a signal is a preemption with the spec's lead time, and the agent itself starts again."""
 
-    def __init__(self, job_id: str) -> None:
+    def __init__(self, job_id: str, tombstone: Path) -> None:
         self.job_id = job_id
+        self._tombstone = tombstone
 
     def why(self, lead_time_s: float) -> Notice:
-        """Always a preemption; a cancellation leaves its tombstone first."""
+        """A cancellation, which leaves its tombstone first and waits no longer than a cluster would; else preemption."""
+        if self._tombstone.exists():
+            return Notice(ExitReason.CANCELLED, time.time() + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
         return Notice(ExitReason.PREEMPTED, time.time() + lead_time_s)
 
     def requeue(self) -> Requeued:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from datetime import datetime
+from pathlib import Path
 
 import pytest
 
 from orchestrator.states import ExitReason
-from orchestrator.worker.scheduler import SlurmScheduler, parse_fields, read_notice, run_command
+from orchestrator.worker.scheduler import LocalScheduler, SlurmScheduler, parse_fields, read_notice, run_command
 
 NOW = datetime(2030, 1, 1, 12, 0, 0).timestamp()
 
@@ -79,6 +81,16 @@ def test_a_question_that_hangs_has_a_deadline() -> None:
 
 def test_a_missing_program_is_an_answer() -> None:
     assert run_command(["/no/such/program"], 1.0)[0] == 127
+
+
+def test_a_local_signal_is_a_preemption_and_with_a_tombstone_a_cancellation(tmp_path: Path) -> None:
+    scheduler = LocalScheduler("1.2", tmp_path / "cancelled")
+    assert scheduler.why(120).cause is ExitReason.PREEMPTED
+    (tmp_path / "cancelled").touch()
+    before = time.time()
+    notice = scheduler.why(120)
+    assert notice.cause is ExitReason.CANCELLED
+    assert notice.deadline < before + 60
 
 
 def test_fields_are_parsed() -> None:
