@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -189,30 +189,25 @@ def render_script(spec: JobSpec, paths: RunPaths, *, token: str, attempt_base: i
         "signals": " ".join(signals),
         "srun_args": shlex.join(srun_args(spec)),
     }
-    script: str = _template(spec.slurm.template).render(context)
-    return script
+    return _fill_template(spec.slurm.template, context)
 
 
-def _template(path: str | None) -> Any:
+def _fill_template(path: str | None, context: Mapping[str, object]) -> str:
+    """Fill the packaged template, or the user's own. Raises SpecError for one that cannot be read or filled."""
     import jinja2
 
     import slurm_templates
 
     # trim_blocks/lstrip_blocks: lines that hold only a `for` or `if` leave no trace in the script.
-    options: dict[str, Any] = {
-        "undefined": jinja2.StrictUndefined,
-        "trim_blocks": True,
-        "lstrip_blocks": True,
-        "keep_trailing_newline": True,
-    }
-    if path is None:
-        directory = Path(slurm_templates.__file__).parent
-        return jinja2.Environment(loader=jinja2.FileSystemLoader(directory), **options).get_template("run.sbatch.j2")
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    file = Path(path) if path is not None else Path(slurm_templates.__file__).parent / "run.sbatch.j2"
     try:
-        return jinja2.Environment(**options).from_string(Path(path).read_text(encoding="utf-8"))
+        return environment.from_string(file.read_text(encoding="utf-8")).render(context)
     except (OSError, UnicodeDecodeError, jinja2.TemplateError) as error:
         raise SpecError(
-            f"slurm.template: {path}: {error}", hint="Start from a copy of slurm_templates/run.sbatch.j2."
+            f"slurm.template: {file}: {error}", hint="Start from a copy of slurm_templates/run.sbatch.j2."
         ) from error
 
 

@@ -55,7 +55,7 @@ class LocalScheduler:
         self._tombstone = tombstone
 
     def why(self, lead_time_s: float) -> Notice:
-        """A cancellation, which leaves its tombstone first and waits no longer than a cluster would; else preemption."""
+        """A cancellation (the tombstone comes first), which waits no longer than a cluster would; else preemption."""
         if self._tombstone.exists():
             return Notice(ExitReason.CANCELLED, time.time() + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
         return Notice(ExitReason.PREEMPTED, time.time() + lead_time_s)
