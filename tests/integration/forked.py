@@ -3,14 +3,17 @@ seconds of `import torch` again. The environment says what the agent of `orch` w
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -81,12 +84,11 @@ def run_ranks(
     *,
     world_size: int,
     attempt: int,
-    watch: Callable[[Sequence[int]], object] = lambda _pids: None,
 ) -> list[int]:
     """Run `body` as every rank of one attempt and return the exit codes by rank (negative: the signal that killed it).
 
-    Each rank leads a session of its own, as under torchrun, and the others are ended when one was killed. `watch` is
-    called with the pids at every poll. Raises TimeoutError, after ending all, when they hang.
+    Each rank leads a session of its own, as under torchrun, and the others are ended when one was killed. Raises
+    TimeoutError, after ending all, when they hang.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
     port = free_port()
@@ -97,15 +99,13 @@ def run_ranks(
         if pid == 0:
             _become(body, environment, run_dir / f"output-{attempt}-{rank}.txt")
         pids.append(pid)
-    return _wait(pids, run_dir, attempt, watch)
+    return _wait(pids, run_dir, attempt)
 
 
-def _wait(pids: Sequence[int], run_dir: Path, attempt: int, watch: Callable[[Sequence[int]], object]) -> list[int]:
+def _wait(pids: Sequence[int], run_dir: Path, attempt: int) -> list[int]:
     codes: dict[int, int] = {}
     deadline = time.monotonic() + TIMEOUT_S
     while len(codes) < len(pids):
-        if not codes:
-            watch(pids)
         for pid in pids:
             if pid in codes:
                 continue
@@ -127,3 +127,40 @@ def _wait(pids: Sequence[int], run_dir: Path, attempt: int, watch: Callable[[Seq
 def outputs(run_dir: Path, attempt: int) -> str:
     """What the ranks of an attempt printed."""
     return "\n".join(path.read_text() for path in sorted(run_dir.glob(f"output-{attempt}-*.txt")))
+
+
+@dataclass(frozen=True)
+class Interruption:
+    """A signal that a rank sends itself, from a thread, some time after the attempt's progress has reached a step.
+
+    From within, so that a busy machine slows the signal down as much as the training. With `group`, it goes to the
+    rank's DataLoader workers too.
+    """
+
+    run_dir: Path
+    attempt: int
+    step: int
+    number: int
+    rank: int = 0
+    group: bool = False
+    delay_s: float = 0.0
+
+    def watch(self) -> None:
+        """Start the thread, if this process is the rank that is meant."""
+        if os.environ.get("RANK", "0") == str(self.rank):
+            threading.Thread(target=self._wait_and_send, daemon=True).start()
+
+    def reached(self) -> bool:
+        """Whether the attempt has come so far."""
+        try:
+            progress = json.loads((self.run_dir / "progress.json").read_text())
+        except FileNotFoundError:
+            return False
+        return bool(progress["attempt"] == self.attempt and progress["step"] >= self.step)
+
+    def _wait_and_send(self) -> None:
+        pause = threading.Event()
+        while not self.reached():
+            pause.wait(0.005)
+        pause.wait(self.delay_s)
+        (os.killpg if self.group else os.kill)(os.getpid(), self.number)

@@ -23,7 +23,7 @@ import torch
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from tests.integration.forked import outputs, run_ranks
-from tests.integration.toy import Toy, train, verdict
+from tests.integration.toy import BEFORE_THE_FIRST_STEP, Toy, train, verdict
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +85,13 @@ def assert_exact(expected: Path, actual: Path, *, repeated: bool = False) -> Non
 def test_a_stop_anywhere_in_an_epoch(reference: Reference, tmp_path: Path, at: int) -> None:
     toy = Toy()
     interrupted(toy, tmp_path, [replace(toy, at=at)])
+    assert_exact(reference(toy, 1), tmp_path)
+
+
+def test_a_signal_before_the_first_step_waits_for_one(reference: Reference, tmp_path: Path) -> None:
+    toy = Toy()
+    interrupted(toy, tmp_path, [replace(toy, at=BEFORE_THE_FIRST_STEP)] * 2)  # each attempt makes progress
+    assert [verdict(tmp_path, number)["step"] for number in (0, 1)] == [1, 2]
     assert_exact(reference(toy, 1), tmp_path)
 
 

@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from orchestrator.checkpoint import open_store
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from orchestrator.spec.arguments import render_argument
-from tests.integration.forked import outputs, run_ranks
+from tests.integration.forked import Interruption, outputs, run_ranks
 from tests.integration.test_exact_loops import differences
 from tests.integration.toy import verdict
 
@@ -71,21 +71,9 @@ def reference(settings: PretrainSettings, tmp_path_factory: pytest.TempPathFacto
     return untouched
 
 
-class At:
-    """Signals when the attempt's progress reaches a step; with `group`, the rank's DataLoader workers too."""
-
-    def __init__(self, run_dir: Path, attempt: int, step: int, number: int, *, rank: int, group: bool = False) -> None:
-        self._progress, self._attempt, self._step = run_dir / "progress.json", attempt, step
-        self._signal, self._rank, self._group = number, rank, group
-        self._sent = False
-
-    def __call__(self, pids: Sequence[int]) -> None:
-        if self._sent or not self._progress.exists():
-            return
-        progress = json.loads(self._progress.read_text())
-        if progress["attempt"] == self._attempt and progress["step"] >= self._step:
-            self._sent = True
-            (os.killpg if self._group else os.kill)(pids[self._rank], self._signal)
+def run_interrupted(settings: PretrainSettings, interruption: Interruption) -> None:
+    interruption.watch()
+    run(settings)
 
 
 def optimizer_state(run_dir: Path) -> Any:
@@ -117,11 +105,17 @@ def test_three_stops_at_random_moments(
     draw = random.Random()  # other moments every time: the result must not depend on them
     step = 0
     for attempt in range(3):
-        stop_at = draw.randint(step + 1, step + 7)
-        number = draw.choice([signal.SIGUSR1, signal.SIGTERM])
-        stop = At(tmp_path, attempt, stop_at, number, rank=draw.randrange(world_size), group=attempt == 1)
-        codes = run_ranks(partial(run, settings), tmp_path, world_size=world_size, attempt=attempt, watch=stop)
-        assert set(codes) == {0}, outputs(tmp_path, attempt)
+        stop = Interruption(
+            tmp_path,
+            attempt,
+            step=step + draw.randint(1, 4),
+            number=draw.choice([signal.SIGUSR1, signal.SIGTERM]),
+            rank=draw.randrange(world_size),
+            group=attempt == 1,
+            delay_s=draw.uniform(0, 0.05),
+        )
+        codes = run_ranks(partial(run_interrupted, settings, stop), tmp_path, world_size=world_size, attempt=attempt)
+        assert set(codes) == {0}, (stop, outputs(tmp_path, attempt))
         said = verdict(tmp_path, attempt)
         assert said["outcome"] == "saved", outputs(tmp_path, attempt)
         assert said["step"] > step
@@ -136,8 +130,8 @@ def test_a_killed_rank_costs_at_most_the_steps_since_the_last_save(
     settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path
 ) -> None:
     killed_at = 8
-    kill = At(tmp_path, 0, killed_at, signal.SIGKILL, rank=1)
-    codes = run_ranks(partial(run, settings), tmp_path, world_size=2, attempt=0, watch=kill)
+    kill = Interruption(tmp_path, 0, killed_at, signal.SIGKILL, rank=1)
+    codes = run_ranks(partial(run_interrupted, settings, kill), tmp_path, world_size=2, attempt=0)
     assert codes[1] == -signal.SIGKILL
     saved = max(committed_steps(tmp_path, 0))
     codes = run_ranks(partial(run, settings), tmp_path, world_size=2, attempt=1)
@@ -148,26 +142,15 @@ def test_a_killed_rank_costs_at_most_the_steps_since_the_last_save(
     assert_exact(reference(2), tmp_path)
 
 
-def test_a_signal_before_the_first_step_and_one_after_the_last(
+def test_a_stop_after_the_last_step_loses_nothing(
     settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    sent: list[int] = []
-
-    def before_the_first_step(pids: Sequence[int]) -> None:
-        if not sent and (tmp_path / "environment.json").exists():  # handlers are there, training has not begun
-            sent.append(pids[0])
-            os.kill(pids[0], signal.SIGUSR1)
-
-    codes = run_ranks(partial(run, settings), tmp_path, world_size=1, attempt=0, watch=before_the_first_step)
+    last = Interruption(tmp_path, 0, STEPS, signal.SIGUSR1)
+    codes = run_ranks(partial(run_interrupted, settings, last), tmp_path, world_size=1, attempt=0)
     assert codes == [0], outputs(tmp_path, 0)
-    assert verdict(tmp_path, 0)["outcome"] == "saved"
-    assert verdict(tmp_path, 0)["step"] <= 2
-    last = At(tmp_path, 1, STEPS, signal.SIGUSR1, rank=0)
-    codes = run_ranks(partial(run, settings), tmp_path, world_size=1, attempt=1, watch=last)
-    assert codes == [0], outputs(tmp_path, 1)
-    assert verdict(tmp_path, 1)["step"] == STEPS
-    if verdict(tmp_path, 1)["outcome"] == "saved":  # otherwise the export was faster than the signal
-        assert run_ranks(partial(run, settings), tmp_path, world_size=1, attempt=2) == [0]
+    assert verdict(tmp_path, 0)["step"] == STEPS
+    if verdict(tmp_path, 0)["outcome"] == "saved":  # otherwise the export was faster than the signal
+        assert run_ranks(partial(run, settings), tmp_path, world_size=1, attempt=1) == [0]
     assert_exact(reference(1), tmp_path)
 
 
@@ -196,8 +179,8 @@ def test_a_finished_run_is_found_finished_and_keeps_its_settings(
 
 def test_a_seed_drawn_once_is_used_again(settings: PretrainSettings, tmp_path: Path) -> None:
     unseeded = settings.model_copy(update={"seed": None, "epochs": 1})
-    stop = At(tmp_path, 0, 3, signal.SIGUSR1, rank=0)
-    assert run_ranks(partial(run, unseeded), tmp_path, world_size=2, attempt=0, watch=stop) == [0, 0]
+    stop = Interruption(tmp_path, 0, 3, signal.SIGUSR1)
+    assert run_ranks(partial(run_interrupted, unseeded, stop), tmp_path, world_size=2, attempt=0) == [0, 0]
     seed = json.loads((tmp_path / "environment.json").read_text())["seed"]
     assert run_ranks(partial(run, unseeded), tmp_path, world_size=2, attempt=1) == [0, 0], outputs(tmp_path, 1)
     assert json.loads((tmp_path / "environment.json").read_text())["seed"] == seed
@@ -214,10 +197,11 @@ def test_under_a_bare_torchrun(settings: PretrainSettings, reference: Callable[[
     for attempt in (0, 1):
         with output.open("a") as log:
             process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            stop = At(tmp_path, 0, 3, signal.SIGUSR1, rank=0)
+            stop, sent = Interruption(tmp_path, 0, 3, signal.SIGUSR1), False
             while process.poll() is None:
-                if attempt == 0:
-                    stop(_children(process.pid))
+                if attempt == 0 and not sent and stop.reached():
+                    os.kill(_children(process.pid)[0], stop.number)
+                    sent = True
                 try:
                     process.wait(timeout=0.05)
                 except subprocess.TimeoutExpired:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import signal
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.integration.forked import outputs, run_ranks
+from tests.integration.forked import Interruption, outputs, run_ranks
 from tests.integration.toy import verdict
 
 pytestmark = pytest.mark.slow
@@ -25,16 +23,9 @@ def execute(example: Path) -> None:
     runpy.run_path(str(example), run_name="__main__")
 
 
-class WhenItRuns:
-    """Signals the first rank as soon as it has reported a step."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._progress, self._sent = run_dir / "progress.json", False
-
-    def __call__(self, pids: Sequence[int]) -> None:
-        if not self._sent and self._progress.exists():
-            self._sent = True
-            os.kill(pids[0], signal.SIGUSR1)
+def execute_and_stop(example: Path, run_dir: Path) -> None:
+    Interruption(run_dir, attempt=0, step=1, number=signal.SIGUSR1).watch()
+    execute(example)
 
 
 # The Lightning example's trainer has one device; test_exact_loops.py runs several.
@@ -45,7 +36,8 @@ def test_example(tmp_path: Path, name: str, world_size: int) -> None:
     example, untouched, stopped = EXAMPLES / name, tmp_path / "untouched", tmp_path / "stopped"
     run = partial(execute, example)
     assert set(run_ranks(run, untouched, world_size=world_size, attempt=0)) == {0}, outputs(untouched, 0)
-    codes = run_ranks(run, stopped, world_size=world_size, attempt=0, watch=WhenItRuns(stopped))
+    interrupted = partial(execute_and_stop, example, stopped)
+    codes = run_ranks(interrupted, stopped, world_size=world_size, attempt=0)
     assert set(codes) == {0}, outputs(stopped, 0)
     assert verdict(stopped, 0)["outcome"] == "saved", outputs(stopped, 0)
     assert set(run_ranks(run, stopped, world_size=world_size, attempt=1)) == {0}, outputs(stopped, 1)

@@ -24,6 +24,7 @@ from orchestrator.worker.session import CheckpointSettings
 
 SIZE, WIDTH, BATCH, EPOCHS = 100, 12, 12, 3  # 8 batches an epoch
 BATCHES = SIZE // BATCH
+BEFORE_THE_FIRST_STEP = -1
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,8 @@ def train(toy: Toy, run_dir: Path) -> None:
         default_root_dir=run_dir,
     )
     module = ToyModule(toy, run_dir)
+    if toy.at == BEFORE_THE_FIRST_STEP:
+        os.kill(os.getpid(), toy.signal)
     trainer.fit(module, loader, validation, ckpt_path=toy.start_from or exact.ckpt_path)
     if exact.session.is_chief:
         torch.save(
