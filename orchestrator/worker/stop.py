@@ -8,12 +8,15 @@ scheduler) and replaced by an earlier one when a second signal shortens the time
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import FrameType
+
+log = logging.getLogger("orchestrator.worker")
 
 DEADLINE_MARGIN_S = 1.0  # writing the verdict and leaving takes this long at worst
 WATCHDOG_POLL_S = 0.25
@@ -34,7 +37,13 @@ class StopRequest:
         return self.signalled_at is not None
 
     def install(self, signals: Iterable[signal.Signals]) -> None:
-        """Catch `signals` in this process (main thread only). PID 1 re-delivers what arrived before this call."""
+        """Catch `signals` in this process. PID 1 re-delivers what arrived before this call.
+
+        Python allows that in the main thread only; elsewhere nothing is caught, and a warning says so.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            log.warning("not in the main thread: stop signals are not caught, nothing is saved when they come")
+            return
         for number in signals:
             signal.signal(number, self._on_signal)
 

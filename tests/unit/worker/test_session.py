@@ -352,6 +352,28 @@ def test_a_connection_that_breaks_because_rank_zero_left_is_no_failure(
     assert not RunPaths(tmp_path).verdict(0, 1).exists()
 
 
+def test_what_breaks_because_rank_zero_failed_first_hides_no_reason(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    with pytest.raises(CheckpointError), start().guard():
+        raise CheckpointError("disk full")
+    with pytest.raises(RuntimeError), start(rank=1).guard():
+        raise RuntimeError("connection closed by peer")
+    assert verdict(tmp_path)["reason"] == "checkpoint_failure"
+    assert not RunPaths(tmp_path).verdict(0, 1).exists()
+
+
+def test_outside_the_main_thread_signals_are_not_caught_and_that_is_said(
+    start: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    thread = threading.Thread(target=start().install_signal_handlers)
+    thread.start()
+    thread.join(5)
+    assert signal.getsignal(signal.SIGUSR1) is before
+    assert "not in the main thread" in caplog.text
+
+
 def test_the_first_verdict_stands_unless_a_failure_follows(tmp_path: Path, start: Callable[..., Session]) -> None:
     session = start()
     session.verdict("saved", step=4, epoch=0)
