@@ -208,6 +208,11 @@ class DockerRuntime:
 
 
 def _start_error(request: PayloadRequest, words: str) -> ContainerError:
+    if "could not select device driver" in words:
+        return ContainerError(
+            f"the container engine of node {request.node} cannot pass GPUs on: {words}",
+            hint="Install the NVIDIA container toolkit there, or set `resources.gpus_per_node: 0`.",
+        )
     if "executable file not found" in words or ("no such file or directory" in words and request.argv[0] in words):
         return ContainerError(
             f"image {request.image} has no {request.argv[0]}",
@@ -249,6 +254,11 @@ def container_options(request: PayloadRequest) -> dict[str, Any]:
         options["mem_limit"] = request.mem_bytes
         options["memswap_limit"] = request.mem_bytes
         options["shm_size"] = request.mem_bytes // 2  # docker's 64 MiB break DataLoader batches; it counts as memory
+    if request.gpus:
+        # Exactly the ones Slurm gave; `count` would take the first ones of the node, which may be somebody else's.
+        options["device_requests"] = [
+            {"Driver": "", "Count": 0, "DeviceIDs": list(request.gpus), "Capabilities": [["gpu"]], "Options": {}}
+        ]
     if request.cpus is not None:
         options["nano_cpus"] = min(request.cpus, os.cpu_count() or request.cpus) * 10**9
     return options

@@ -31,6 +31,7 @@ class PayloadRequest:
     mem_bytes: int | None
     cpus: int | None
     host_network: bool
+    gpus: tuple[str, ...]  # indices or UUIDs that the scheduler gave to this step
     log: Path  # where PID 1's own output goes if it fails before it opens its log
     environ: Mapping[str, str] = field(default_factory=dict)  # nothing secret: visible in `inspect` and /proc
 

@@ -122,6 +122,7 @@ def render_agent_plan(
         },
         "nodes": resources.nodes,
         "cpus_per_task": resources.cpus_per_task,
+        "gpus_per_node": resources.gpus_per_node,
         "mem_bytes": None if resources.mem is None else int(resources.mem),
         "container": {
             "runtime": spec.container.runtime,

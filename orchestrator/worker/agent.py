@@ -288,8 +288,17 @@ class NodeAgent:
             mem_bytes=orders["mem_bytes"],
             cpus=orders["cpus_per_task"],
             host_network=self.place.nodes > 1,
+            gpus=step_gpus(orders["gpus_per_node"], self.environ),
             log=self.paths.node_log(self.place.attempt, self.place.node),
         )
+
+
+def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """The GPUs of this step as Slurm names them (srun(1)); on the local backend the first `wanted` of the machine."""
+    given = environ.get("CUDA_VISIBLE_DEVICES") or environ.get("SLURM_STEP_GPUS")
+    if wanted == 0:
+        return ()
+    return tuple(given.split(",")) if given else tuple(str(index) for index in range(wanted))
 
 
 # --- one attempt on one node, with its records ------------------------------------------------------------------------

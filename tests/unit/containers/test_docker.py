@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from orchestrator.containers.docker import container_options
 from orchestrator.containers.payload import Mount, PayloadRequest
+from orchestrator.worker.agent import step_gpus
 
 
 def request(**changes: Any) -> PayloadRequest:
@@ -22,6 +25,7 @@ def request(**changes: Any) -> PayloadRequest:
         "mem_bytes": None,
         "cpus": None,
         "host_network": False,
+        "gpus": (),
         "log": Path("/n/log"),
         **changes,
     }
@@ -62,6 +66,25 @@ def test_memory_is_limited_without_swap_and_shared_memory_is_more_than_dockers_6
     assert options["mem_limit"] == options["memswap_limit"] == 4 * 1024**3
     assert options["shm_size"] == 2 * 1024**3
     assert options["nano_cpus"] == 10**9
+
+
+def test_the_container_gets_the_gpus_of_the_step_and_no_others() -> None:
+    assert "device_requests" not in container_options(request())
+    (asked,) = container_options(request(gpus=("2", "3")))["device_requests"]
+    assert (asked["DeviceIDs"], asked["Count"]) == (["2", "3"], 0)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "environ", "gpus"),
+    [
+        (0, {"CUDA_VISIBLE_DEVICES": "0,1"}, ()),
+        (2, {"CUDA_VISIBLE_DEVICES": "2,3", "SLURM_STEP_GPUS": "6,7"}, ("2", "3")),
+        (2, {"SLURM_STEP_GPUS": "6,7"}, ("6", "7")),
+        (2, {}, ("0", "1")),
+    ],
+)
+def test_which_gpus_are_the_step_s(wanted: int, environ: dict[str, str], gpus: tuple[str, ...]) -> None:
+    assert step_gpus(wanted, environ) == gpus
 
 
 def test_nothing_of_the_job_s_environment_shows_in_inspect() -> None:
