@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any
 
 from orchestrator.containers.payload import Mount, Payload, PayloadRequest, Runtime, open_runtime
-from orchestrator.errors import OrchError, RegistryError
+from orchestrator.errors import OrchError, RefusedError, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.identity import AGENT_PLAN_VERSION, attempt_number, rendezvous_port
 from orchestrator.paths import RunPaths
@@ -94,6 +94,8 @@ class NodeAgent:
     # --- life
     def run(self) -> int:
         """Block until PID 1 has ended; return its exit code. Raises OrchError when it could not be started."""
+        if self.paths.tombstone.exists():  # cancelled between two attempts, when nobody was there to be told
+            raise RefusedError("the run was cancelled before this attempt began")
         attempt = self.place.attempt
         self.paths.logs(attempt).mkdir(parents=True, exist_ok=True)
         leftovers = self.runtime.remove_leftovers(self.orders["run_id"], self.place.node_name, attempt)
@@ -313,7 +315,8 @@ def run_node(agent: NodeAgent) -> int:
         code, message = 1, str(error)
         hint = getattr(error, "hint", None)
         message = f"{message} {hint}" if hint else message
-        reason = ExitReason.CONTAINER_FAILURE.value
+        refused = isinstance(error, RefusedError)
+        reason = (ExitReason.CANCELLED if refused else ExitReason.CONTAINER_FAILURE).value
         paths.logs(place.attempt).mkdir(parents=True, exist_ok=True)
         with paths.node_log(place.attempt, place.node).open("a") as log:
             log.write(f"orch: {message}\n")

@@ -80,7 +80,7 @@ def judge(evidence: Evidence) -> Outcome:
     if said == "saved":
         return outcome(cause)
     if said == "unsaved":
-        return outcome(ExitReason.DEADLINE_MISSED, str(verdict["message"]) if verdict is not None else "")
+        return outcome(ExitReason.DEADLINE_MISSED, str(verdict.get("message") or "") if verdict is not None else "")
     if evidence.cause is not None or evidence.scheduler_silent:
         return outcome(cause, f"{cause.message}; the program saved nothing before it ended")
     if len(evidence.node_codes) < evidence.nodes:
@@ -89,7 +89,7 @@ def judge(evidence: Evidence) -> Outcome:
 
 
 def _said(verdicts: Sequence[Mapping[str, Any] | None], outcome: str) -> str:
-    return next((str(v["message"]) for v in verdicts if v is not None and v["outcome"] == outcome), "")
+    return next((str(v.get("message") or "") for v in verdicts if v is not None and v["outcome"] == outcome), "")
 
 
 def _worst_failure(evidence: Evidence) -> Mapping[str, Any] | None:
@@ -105,8 +105,8 @@ def _worst_failure(evidence: Evidence) -> Mapping[str, Any] | None:
 
 
 def _failure_reason(failure: Mapping[str, Any]) -> ExitReason:
-    reason = failure.get("reason")
-    return ExitReason(reason) if reason is not None else ExitReason.FAILURE
+    # The verdict may come from another version of our library (docs/decisions/0005), with words unknown here.
+    return next((reason for reason in ExitReason if reason == failure.get("reason")), ExitReason.FAILURE)
 
 
 def decide(

@@ -13,7 +13,7 @@ from orchestrator.registry import EventLog, SidecarWriter, read_events
 from orchestrator.states import ExitReason, JobState
 from orchestrator.worker import decision as decisions
 from orchestrator.worker.decision import Decision, Evidence, Outcome, decide, judge
-from orchestrator.worker.scheduler import RUNNING, Scheduler, SlurmScheduler
+from orchestrator.worker.scheduler import RUNNING, Requeued, Scheduler, SlurmScheduler
 
 
 class AttemptBook:
@@ -55,15 +55,17 @@ class AttemptBook:
     def close(self, attempt: int, scheduler: Scheduler, *, srun_status: int | None = None) -> Decision:
         """Judge the attempt, write what follows, and carry it out. The requeue comes last: it may end this process."""
         sidecar = SidecarWriter(self.paths)
+        newest = max((int(entry["attempt"]) for entry in sidecar.data["attempts"]), default=attempt)
+        if newest > attempt:
+            # A node that was given up for dead is back: the run, its sidecar and its job belong to the next attempt.
+            return self._fenced(attempt, Outcome(ExitReason.FENCED, f"attempt {newest} has taken over", None, False))
         if attempt not in {entry["attempt"] for entry in sidecar.data["attempts"]}:
             # srun never brought the agent up (no such interpreter, a node that refuses steps).
             sidecar.begin_attempt(attempt, job_id=scheduler.job_id)
         evidence = self._evidence(attempt, scheduler)
         outcome = judge(evidence)
         if outcome.reason is ExitReason.FENCED:
-            # The run belongs to the newer attempt: its sidecar must not hear of our end.
-            self._finished("finished", attempt, outcome.reason.state, outcome.reason, outcome.message)
-            return decide(outcome, attempts=(), caps=self.orders["caps"])
+            return self._fenced(attempt, outcome)
         self._end(sidecar, attempt, outcome, srun_status)
         decision = decide(
             outcome,
@@ -76,11 +78,23 @@ class AttemptBook:
         self._write(sidecar, decision, attempt)
         return self._requeue(sidecar, decision, attempt, scheduler) if decision.requeue else decision
 
+    def _fenced(self, attempt: int, outcome: Outcome) -> Decision:
+        """The run belongs to the newer attempt: its sidecar must not hear of our end."""
+        self._finished("finished", attempt, outcome.reason.state, outcome.reason, outcome.message)
+        return decide(outcome, attempts=(), caps=self.orders["caps"])
+
     def _requeue(self, sidecar: SidecarWriter, decision: Decision, attempt: int, scheduler: Scheduler) -> Decision:
-        answer = scheduler.requeue()
+        # The tombstone may have come since the evidence was read; a later one is seen by the next attempt.
+        cancelled = self.paths.tombstone.exists()
+        answer = Requeued(ok=False, cancelled=True) if cancelled else scheduler.requeue()
         if answer.ok:
             self.events.append("requeued", attempt=attempt, exit_reason=decision.reason.value)
             return decision
+        if answer.cancelled:
+            reason = ExitReason.CANCELLED
+            stopped = Decision(False, reason.state, reason, reason.message)
+            self._write(sidecar, stopped, attempt)
+            return stopped
         message = f"{decision.message}; the scheduler refused to requeue it: {answer.message}"
         refused = Decision(False, JobState.NEEDS_RESUME, decision.reason, message)
         self._write(sidecar, refused, attempt)
@@ -101,7 +115,8 @@ class AttemptBook:
     def _end(self, sidecar: SidecarWriter, attempt: int, outcome: Outcome, srun_status: int | None = None) -> None:
         verdict = read_verdict(self.paths, attempt)
         resumed = next(
-            (e for e in reversed(read_events(self.paths)) if e["event"] == "resumed" and e["attempt"] == attempt), None
+            (e for e in reversed(read_events(self.paths)) if e["event"] == "resumed" and e.get("attempt") == attempt),
+            None,
         )
         sidecar.end_attempt(
             attempt,
@@ -110,7 +125,7 @@ class AttemptBook:
             message=outcome.message,
             step_start=resumed["step"] if resumed is not None else 0,
             step_end=outcome.step if outcome.step is not None else self._progress(attempt),
-            saved_in_s=verdict["saved_in_s"] if verdict is not None else None,
+            saved_in_s=verdict.get("saved_in_s") if verdict is not None else None,
             resumed_from=resumed,
             exit_code=srun_status,
         )
@@ -133,9 +148,9 @@ class AttemptBook:
         silent = False
         if cause is None and not ended_well and isinstance(scheduler, SlurmScheduler):
             job = scheduler.show_job()
-            if job is not None and job.get("JobState") not in RUNNING:
+            if job is not None and (signalled or job.get("JobState") not in RUNNING):
                 cause = scheduler.why(float(self.orders["lead_time_s"])).cause
-            silent = signalled and job is None
+            silent = signalled and cause is None
         failures = [*self.paths.rank_verdicts(attempt), *self.paths.node_verdicts(attempt)]
         return Evidence(
             tombstone=self.paths.tombstone.exists(),

@@ -33,6 +33,7 @@ class Requeued:
 
     ok: bool
     message: str = ""
+    cancelled: bool = False  # somebody has cancelled the job since we learned why it stops
 
 
 class Scheduler(Protocol):
@@ -121,7 +122,6 @@ class SlurmScheduler:
         notice = read_notice(
             job, now=now, lead_time_s=lead_time_s, restarts=self.restart_count, kill_wait_s=self.kill_wait_s
         )
-
         told = ("JobState", "Reason", "Restarts", "EndTime", "PreemptTime")
         return replace(notice, words=" ".join(f"{key}={job[key]}" for key in told if key in job))
 
@@ -136,7 +136,16 @@ class SlurmScheduler:
         return parse_fields(output).get("NodeAddr", name) if code == 0 else name
 
     def requeue(self) -> Requeued:
-        """`scontrol requeue`; that Slurm was faster counts as success."""
+        """`scontrol requeue`; that Slurm was faster counts as success.
+
+        A second look comes first: after a scancel the request would bring the job back to life, and after Slurm's own
+        requeue it would end the next attempt, which may run already.
+        """
+        job = self.show_job()
+        if job is not None and int(job.get("Restarts", "0")) > self.restart_count:
+            return Requeued(ok=True)
+        if job is not None and _cause_of(job, self.restart_count) is ExitReason.CANCELLED:
+            return Requeued(ok=False, message="the job was cancelled", cancelled=True)
         code, output = self._run(["scontrol", "requeue", self.job_id], _QUESTION_S)
         words = output.strip()
         if code == 0 or "pending execution" in words:
@@ -174,6 +183,10 @@ def read_notice(
     if state == "OUT_OF_MEMORY":
         return Notice(ExitReason.OUT_OF_MEMORY, deadline)
     return Notice(ExitReason.CANCELLED, deadline)
+
+
+def _cause_of(job: Mapping[str, str], restarts: int) -> ExitReason | None:
+    return read_notice(job, now=0.0, lead_time_s=0.0, restarts=restarts, kill_wait_s=lambda: 0.0).cause
 
 
 def _time(text: str | None) -> float | None:

@@ -63,9 +63,22 @@ def test_silence_is_no_cause() -> None:
     ],
 )
 def test_requeue_succeeds_when_slurm_was_faster(answer: tuple[int, str], ok: bool) -> None:
-    done = answers(requeue=answer).requeue()
+    done = answers(show=(0, "JobId=7 JobState=RUNNING Restarts=0"), requeue=answer).requeue()
     assert done.ok is ok
     assert ok or done.message
+
+
+@pytest.mark.parametrize(
+    ("job", "ok", "cancelled"),
+    [
+        ("JobState=COMPLETING Restarts=0 Reason=None", False, True),  # a scancel after the notice
+        ("JobState=RUNNING Restarts=1", True, False),  # the next attempt: a requeue would end it
+        ("JobState=PENDING Restarts=1 Reason=BeginTime", True, False),
+    ],
+)
+def test_a_requeue_is_not_asked_for_when_it_would_undo_or_end_something(job: str, ok: bool, cancelled: bool) -> None:
+    done = answers(show=(0, f"JobId=7 {job}")).requeue()
+    assert (done.ok, done.cancelled) == (ok, cancelled)
 
 
 def test_an_array_element_is_named_by_array_and_index() -> None:
