@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from orchestrator.containers.payload import Payload, PayloadRequest
 from orchestrator.errors import ContainerError
 
+_KILL_WAIT_S = 10
+
 
 class ProcessPayload:
     """worker/launch as a child process."""
@@ -30,7 +32,13 @@ class ProcessPayload:
         """End PID 1's whole process group."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(timeout=10)
+            try:
+                self._process.wait(timeout=_KILL_WAIT_S)
+            except subprocess.TimeoutExpired as error:
+                raise ContainerError(
+                    f"process {self._process.pid} did not end within {_KILL_WAIT_S} s of SIGKILL",
+                    hint="It is in uninterruptible sleep: look at the file systems of this node.",
+                ) from error
 
     def close(self) -> None:
         """Nothing is kept."""

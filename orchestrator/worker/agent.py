@@ -39,6 +39,7 @@ _DEADLINE_SLACK_S = 3.0  # PID 1 ends what is left so long after the deadline â€
 _KILL_SLACK_S = 8.0  # â€¦ and the agent ends PID 1
 _FIRST_DEADLINE_S = 20.0  # until the scheduler has told the true one; the shortest grace in common use
 _PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,7 @@ class NodeAgent:
         """Only note what came; the loop does the work."""
         for signum in {signal.SIGTERM, signal.SIGUSR1, getattr(signal, "SIG" + self.orders["signal"])}:
             signal.signal(signum, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.take_notice(signum)
@@ -117,12 +119,18 @@ class NodeAgent:
             "container_started", attempt=self.place.attempt, node=self.place.node_name, **payload.describe()
         )
         try:
-            code = self._watch(payload, directory)
+            return self._watch(payload, directory)
+        finally:
+            self._put_away(payload, directory)
+
+    def _put_away(self, payload: Payload, directory: NodeDirectory) -> None:
+        """What is left to do afterwards. An engine that fails only now does not change how the program ended."""
+        try:
             if not directory.up.exists():
                 self._record_early_death(payload)
-            return code
-        finally:
             payload.close()
+        except (OrchError, OSError) as error:
+            self.events.append("action", attempt=self.place.attempt, action="not_removed", message=str(error))
 
     def _watch(self, payload: Payload, directory: NodeDirectory) -> int:
         while True:
@@ -353,6 +361,11 @@ def load_orders(run_dir: Path) -> dict[str, Any]:
     return orders
 
 
+def hold_stop_signals() -> None:
+    """Let the kernel keep what comes before the agent has its handlers; without them it would simply die of it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+
+
 def die_with_parent() -> None:
     """SIGKILL this agent when slurmstepd dies: else agent and container outlive scancel's reach (FACTS 4)."""
     parent = os.getppid()
@@ -476,6 +489,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--status", type=int, default=0)
     arguments = parser.parse_args(argv)
     try:
+        if arguments.role != "finish":
+            hold_stop_signals()
         if arguments.role == "node":
             return node_main(arguments.run_dir, os.environ)
         if arguments.role == "local":

@@ -36,10 +36,11 @@ class NodeDirectory:
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
         if root.stat().st_uid != os.getuid() or root.is_symlink():
             raise PermissionError(f"{root} belongs to somebody else")
-        sweep(root)
-        self.path.mkdir(mode=0o700)
-        self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        with _alone(root):
+            sweep(root)
+            self.path.mkdir(mode=0o700)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
         os.mkfifo(self.leash, 0o600)
         # Both ends: a FIFO with a writer never reads as EOF, and opening it does not wait for PID 1.
         self._leash = os.open(self.leash, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -79,8 +80,20 @@ class NodeDirectory:
     def close(self) -> None:
         """Let go of the leash (ends PID 1, should it still run) and remove everything."""
         os.close(self._leash)
-        shutil.rmtree(self.path)
+        with _alone(self.path.parent):
+            shutil.rmtree(self.path)
         os.close(self._lock)
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """One agent at a time makes and removes directories here: a half-made one looks like that of a killed agent."""
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def sweep(root: Path) -> list[str]:
@@ -89,16 +102,20 @@ def sweep(root: Path) -> list[str]:
     for directory in root.iterdir():
         with _try_lock(directory / _LOCK) as free:
             if free:
-                shutil.rmtree(directory, ignore_errors=True)  # two agents may sweep at once: either one is enough
+                shutil.rmtree(directory, ignore_errors=True)
                 removed.append(directory.name)
     return removed
 
 
 @contextlib.contextmanager
 def _try_lock(path: Path) -> Iterator[bool]:
+    """Yields whether nobody holds the lock; no lock at all is what a killed agent's removal leaves."""
     try:
         lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except FileNotFoundError:  # being made or being removed right now
+    except FileNotFoundError:
+        yield True
+        return
+    except NotADirectoryError:  # not ours
         yield False
         return
     try:

@@ -57,3 +57,19 @@ def test_somebody_else_s_directory_is_not_used(tmp_path: Path) -> None:
 def test_the_place_can_be_chosen(tmp_path: Path) -> None:
     assert node_root({"ORCH_NODE_DIR": str(tmp_path)}).parent == tmp_path
     assert node_root({}).name == f"orch-{os.getuid()}"
+
+
+def test_agents_that_start_at_once_do_not_sweep_each_other(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from orchestrator.worker.node import NodeDirectory\n"
+        "for n in range(150): NodeDirectory(Path(sys.argv[1]), f'{sys.argv[2]}.{n}').close()"
+    )
+    agents = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "orch", name]) for name in "abc"]
+    assert [agent.wait(timeout=60) for agent in agents] == [0, 0, 0]
+
+
+def test_what_a_killed_removal_left_is_swept_without_its_lock(tmp_path: Path) -> None:
+    (tmp_path / "orch" / "half-removed").mkdir(parents=True)
+    (tmp_path / "orch" / "half-removed" / "config.json").write_text("{}")
+    (tmp_path / "orch" / "a-file-of-somebody").write_text("")
+    assert sweep(tmp_path / "orch") == ["half-removed"]

@@ -1,0 +1,89 @@
+"""The host side of an attempt with a payload that is no process."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.containers.payload import Payload, PayloadRequest
+from orchestrator.errors import ContainerError
+from orchestrator.paths import RunPaths
+from orchestrator.plan import render_plan
+from orchestrator.registry import read_events
+from orchestrator.spec import parse_spec
+from orchestrator.worker.agent import NodeAgent, Place, hold_stop_signals, run_node
+from orchestrator.worker.scheduler import LocalScheduler
+
+
+class EndedPayload:
+    """A program that has ended, in an engine that fails afterwards."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def poll(self) -> int | None:
+        return self.code
+
+    def signal(self, signum: int) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def close(self) -> None:
+        raise ContainerError("cannot remove container 0123")
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+
+class EndedRuntime:
+    name = "none"
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
+        return ()
+
+    def start(self, request: PayloadRequest) -> Payload:
+        return EndedPayload(self.code)
+
+
+def make_agent(directory: Path, code: int = 0) -> NodeAgent:
+    spec = parse_spec({"name": "run", "backend": "local", "job": {"command": ["true"]}}, base_dir=directory)
+    plan = render_plan(spec, run_id="run-1", root=directory, code_hash="c", library_hash="d", python="python3")
+    plan.run_dir.mkdir(parents=True)
+    environ: dict[str, Any] = {"ORCH_NODE_DIR": str(directory / "node")}
+    (directory / "node").mkdir()
+    scheduler = LocalScheduler("1.2", RunPaths(plan.run_dir).tombstone)
+    return NodeAgent(plan.agent, Place(0, 0, "n1", 1, "127.0.0.1", None), scheduler, EndedRuntime(code), environ)
+
+
+@pytest.mark.parametrize("code", [0, 75])
+def test_an_engine_that_fails_after_the_end_does_not_change_the_end(tmp_path: Path, code: int) -> None:
+    agent = make_agent(tmp_path, code)
+    assert run_node(agent) == code
+    actions = [event["message"] for event in read_events(agent.paths) if event["event"] == "action"]
+    assert actions == ["cannot remove container 0123"]
+
+
+@pytest.fixture
+def restored_signals() -> Iterator[None]:
+    stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in stops}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
+
+
+def test_a_notice_before_the_agent_is_ready_is_kept(tmp_path: Path, restored_signals: None) -> None:
+    hold_stop_signals()
+    signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+    agent = make_agent(tmp_path)
+    agent.install_signal_handlers()
+    assert agent._signals == [signal.SIGTERM]
