@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, open_store, take_over
-from orchestrator.errors import CheckpointError, Fenced
+from orchestrator.errors import CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter
@@ -233,7 +233,11 @@ class Session:
         return self._stop.seconds_left()
 
     def _deadline_missed(self) -> None:
-        """In the watchdog's thread. Whatever goes wrong here, and whatever the main thread holds, the process ends."""
+        """In the watchdog's thread. Whatever goes wrong here, and whatever the main thread holds, the process ends.
+
+        Rank 0 leaves with 0 only behind a verdict: alone, a 0 would say that the run has completed.
+        """
+        said = not self.is_chief
         try:
             if self.is_chief and self._verdict_lock.acquire(timeout=VERDICT_WAIT_S):
                 step, epoch = self._position
@@ -245,8 +249,11 @@ class Session:
                     message="no step boundary with a finished save was reached before the deadline; "
                     + self._standing_checkpoint(),
                 )
+                said = True
         finally:
-            self.leave_stopped()
+            if said:
+                self.leave_stopped()
+            self.leave(ExitCode.SAVED)
 
     def _standing_checkpoint(self) -> str:
         manifest = self.last_manifest
@@ -318,9 +325,13 @@ class Session:
     # --- telling others
 
     def event(self, event: str, **fields: object) -> None:
-        """Append to this rank's event file (rank 0 only; a no-op elsewhere)."""
+        """Append to this rank's event file (rank 0 only; a no-op elsewhere). Events are for people: one that cannot
+        be written must not turn a finished save into a failure."""
         if self._events is not None:
-            self._events.append(event, **fields)
+            try:
+                self._events.append(event, **fields)
+            except RegistryError as error:
+                log.warning("%s", error)
 
     def report(self, step: int, epoch: int, max_steps: int | None, throughput: float | None = None) -> None:
         """Note the progress; written at most every second, by rank 0."""
@@ -353,7 +364,6 @@ class Session:
         with self._verdict_lock:
             if self._verdict_written is not None and outcome not in ("failed", "fenced"):
                 return
-            self._verdict_written = outcome
             write_json(
                 self.paths.verdict(self.attempt, None if self.is_chief else self.rank),
                 {
@@ -371,6 +381,7 @@ class Session:
                     "time": time.time(),
                 },
             )
+            self._verdict_written = outcome
         self.event("verdict", outcome=outcome, reason=None if reason is None else str(reason), step=step)
 
     # --- leaving
@@ -419,8 +430,9 @@ class Session:
         error only echoes that rank 0 has left on purpose, or that this attempt was fenced."""
         step, epoch = self._position
         if isinstance(error, Fenced):
-            self.verdict("fenced", step=step, epoch=epoch, reason=ExitReason.FENCED, message=str(error))
             log.error("%s", error)
+            with self._unheard():
+                self.verdict("fenced", step=step, epoch=epoch, reason=ExitReason.FENCED, message=str(error))
             self.leave(ExitCode.NEVER_RESTART)
         said = None if self.is_chief else self._what_the_chief_said()
         if said in ("saved", "unsaved", "fenced"):
@@ -428,7 +440,16 @@ class Session:
         if said == "failed":
             return  # rank 0 failed first and has said why; what broke here is the connection to it
         summary = "".join(traceback.format_exception_only(error)).strip()
-        self.verdict("failed", step=step, epoch=epoch, reason=_failure_reason(error), message=summary)
+        with self._unheard():
+            self.verdict("failed", step=step, epoch=epoch, reason=_failure_reason(error), message=summary)
+
+    @contextmanager
+    def _unheard(self) -> Iterator[None]:
+        """A failure whose verdict cannot be written (a full disk caused both): the failure itself is what to raise."""
+        try:
+            yield
+        except OSError as error:
+            log.error("the verdict of rank %d could not be written: %s", self.rank, error)
 
     def _what_the_chief_said(self) -> str | None:
         """Rank 0's verdict: a connection that breaks right after it is how rank 0's leaving looks from here."""

@@ -270,6 +270,41 @@ def test_commit_without_a_fence_is_refused(start: Callable[..., Session]) -> Non
         start().commit(lambda file: file.write(b"x"), step=1, epoch=0)
 
 
+# --- a disk that takes nothing any more
+
+
+def test_a_save_whose_event_cannot_be_written_is_a_save(tmp_path: Path, start: Callable[..., Session]) -> None:
+    (tmp_path / "events").write_text("no directory: every append fails")
+    session = start()
+    session.resume()
+    session.commit(lambda file: file.write(b"x"), step=8, epoch=1)
+    with pytest.raises(Exited):
+        session.stopped(step=8, epoch=1)
+    assert verdict(tmp_path)["outcome"] == "saved"
+
+
+def test_the_failure_is_raised_even_if_its_verdict_cannot_be_written(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    RunPaths(tmp_path).verdict(0).mkdir()
+    with pytest.raises(CheckpointError, match="disk full"), start().guard():
+        raise CheckpointError("disk full")
+    with pytest.raises(Exited) as exited, start().guard():
+        raise Fenced("attempt 1 took over")
+    assert exited.value.code == 93
+
+
+def test_at_the_deadline_rank_0_does_not_leave_as_if_done_without_a_verdict(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    RunPaths(tmp_path).verdict(0).mkdir()
+    session = start()
+    for _ in range(2):  # the first failure to write must not count as said
+        with pytest.raises(Exited) as exited:
+            session._deadline_missed()
+        assert exited.value.code == 75
+
+
 # --- leaving
 
 
