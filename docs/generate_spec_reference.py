@@ -27,7 +27,8 @@ twice is refused, and so is a key that is not listed here. A key with nothing be
   mapping of that name is there already. `--set container.mounts.0.source=/x` changes an entry of a list.
 - **Site profile.** What a site sets once lies beneath every spec: [site-profile.md](site-profile.md).
 - **Paths.** `root`, `job.script`, `workspace.path`, `checkpoint.uri`, `slurm.template` and the sources of mounts are
-  relative to the spec file (so are values given by `--set`); `~/` is the home directory. Arguments are never touched.
+  relative to the spec file (so are values given by `--set`); `~/` is the home directory. Arguments are never
+  touched: give a path in `job.args` as an absolute one, since the job runs in its copy of the code.
 - **Text** arrives as it is, whatever is in it. Only a NUL character, invalid Unicode, and more than 131 071 bytes in
   one value are refused, because no argument and no variable can carry them.
 - **Units.** {units}

@@ -18,7 +18,7 @@ def render_template(name: str, run_name: str, *, file: str = "spec.yaml", direct
     """The text of a first spec. `file`: its name, for its comments; `directory`: of its data. Raises SpecError."""
     if name not in TEMPLATES:
         raise SpecError(f"--from {name}: one of {', '.join(TEMPLATES)}.{did_you_mean(name, TEMPLATES)}")
-    data = (directory or Path.cwd()).absolute() / "digits"
+    data = (directory or Path.cwd()).absolute() / "data" / "digits"
     values = {
         "@NAME@": json.dumps(run_name, ensure_ascii=False),
         "@FILE@": "".join(char if char.isprintable() else "?" for char in file),

@@ -21,7 +21,7 @@ def test_valid_as_it_is(name: str, tmp_path: Path) -> None:
     assert (spec.name, spec.backend, spec.container.runtime) == ("first", "local", "none")
     assert "@" not in path.read_text(encoding="utf-8").replace("@sha256", "")
     if name == "digits":
-        assert spec.job.args["data"] == str(folder / "digits")
+        assert spec.job.args["data"] == str(folder / "data" / "digits")
         assert (spec.job.module, spec.job.args["method"]) == ("jobs.pretrain", "simclr")
 
 
