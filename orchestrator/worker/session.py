@@ -393,15 +393,17 @@ class Session:
                 stream.flush()
         self._exit_process(code)
 
-    def leave_stopped(self, barrier: Callable[[], object] | None = None) -> NoReturn:
+    def leave_stopped(self) -> NoReturn:
         """Leave after a stop: 0 under `orch` (torchrun kills the peers of the first non-zero exit, in the middle of a
-        save; PID 1 reads the verdict), else 75, behind `barrier` for the same reason."""
-        if not self.managed and barrier is not None:
-            barrier()
+        save; PID 1 reads the verdict), else 75."""
         self.leave(0 if self.managed else ExitCode.SAVED)
 
     def stopped(self, *, step: int, epoch: int, barrier: Callable[[], object] | None = None) -> NoReturn:
-        """After the save that a stop asked for, on every rank: verdict (rank 0), then leave."""
+        """After the save that a stop asked for, on every rank: verdict (rank 0), then leave.
+
+        Nobody leaves before all have come here (`barrier`): a rank that is still inside the collectives of the save
+        would see its peers' connections break and call that a failure.
+        """
         if self.is_chief:
             self.verdict(
                 "saved",
@@ -410,7 +412,10 @@ class Session:
                 reason=ExitReason.PREEMPTED,
                 message=f"stopped and saved at step {step}",
             )
-        self.leave_stopped(barrier)
+        if barrier is not None:
+            with suppress(RuntimeError):  # a peer that is through has left; so rank 0 has been here, with its verdict
+                barrier()
+        self.leave_stopped()
 
     @contextmanager
     def guard(self) -> Iterator[None]:

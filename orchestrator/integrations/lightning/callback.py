@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,13 @@ class ExactResume(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._commit_due = self._step > 0
         self._commit_if_due(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._agreement is not None:
+            with suppress(
+                RuntimeError
+            ):  # no rank ends its process while another is inside the last save; see stopped()
+                self._agreement.barrier()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, SIGTERMException):
