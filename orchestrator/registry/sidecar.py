@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from orchestrator.errors import RegistryError
@@ -77,6 +78,7 @@ class SidecarWriter:
     def __init__(self, paths: RunPaths, *, clock: Callable[[], float] = time.time) -> None:
         self._path = paths.sidecar
         self._clock = clock
+        self._held = False
         self.data = self._load(paths)
 
     def _load(self, paths: RunPaths) -> dict[str, Any]:
@@ -92,6 +94,16 @@ class SidecarWriter:
             except OSError as failure:
                 raise RegistryError(f"cannot replace the damaged {self._path}: {failure}") from failure
             return _new_sidecar()
+
+    @contextmanager
+    def one_write(self) -> Iterator[None]:
+        """Changes inside become visible together, when it is left without an error."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+        self._write()
 
     def update(self, **fields: Any) -> None:
         """Set top-level fields. Raises TypeError for a field a sidecar does not have."""
@@ -138,6 +150,8 @@ class SidecarWriter:
             raise TypeError(f"a sidecar has no field {', '.join(unknown)}")
 
     def _write(self) -> None:
+        if self._held:
+            return
         try:
             write_json(self._path, self.data)
         except OSError as error:

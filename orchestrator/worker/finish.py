@@ -28,20 +28,22 @@ class AttemptBook:
     def open(self, attempt: int, job_id: str, nodes: Sequence[str]) -> None:
         """Record that an attempt starts; close what a killed node left open."""
         sidecar = SidecarWriter(self.paths)
-        for earlier in sidecar.data["attempts"]:
-            if earlier["ended"] is None and earlier["attempt"] != attempt:
-                self._end(sidecar, earlier["attempt"], self._judge_abandoned(earlier["attempt"]))
-        sidecar.begin_attempt(attempt, job_id=job_id, nodes=nodes)
-        orders = self.orders
-        sidecar.update(
-            run_id=orders["run_id"],
-            name=orders["name"],
-            backend=orders["backend"],
-            job_id=job_id,
-            status=JobState.RUNNING.value,
-            exit_reason=None,
-            message=None,
-        )
+        # Together: an attempt that is open beside a state that has ended would read as an end of that attempt.
+        with sidecar.one_write():
+            for earlier in sidecar.data["attempts"]:
+                if earlier["ended"] is None and earlier["attempt"] != attempt:
+                    self._end(sidecar, earlier["attempt"], self._judge_abandoned(earlier["attempt"]))
+            sidecar.begin_attempt(attempt, job_id=job_id, nodes=nodes)
+            orders = self.orders
+            sidecar.update(
+                run_id=orders["run_id"],
+                name=orders["name"],
+                backend=orders["backend"],
+                job_id=job_id,
+                status=JobState.RUNNING.value,
+                exit_reason=None,
+                message=None,
+            )
         self.events.append("attempt_started", attempt=attempt, job_id=job_id, nodes=list(nodes))
 
     def _judge_abandoned(self, attempt: int) -> Outcome:
@@ -66,17 +68,20 @@ class AttemptBook:
         outcome = judge(evidence)
         if outcome.reason is ExitReason.FENCED:
             return self._fenced(attempt, outcome)
-        self._end(sidecar, attempt, outcome, srun_status)
-        decision = decide(
-            outcome,
-            attempts=sidecar.data["attempts"],
-            caps=self.orders["caps"],
-            silent=evidence.scheduler_silent,
-        )
+        with sidecar.one_write():
+            self._end(sidecar, attempt, outcome, srun_status)
+            decision = decide(
+                outcome,
+                attempts=sidecar.data["attempts"],
+                caps=self.orders["caps"],
+                silent=evidence.scheduler_silent,
+            )
+            if decision.requeue:
+                sidecar.count_requeue(outcome.reason.value)
+            self._write(sidecar, decision)
         if decision.requeue:
-            sidecar.count_requeue(outcome.reason.value)
-        self._write(sidecar, decision, attempt)
-        return self._requeue(sidecar, decision, attempt, scheduler) if decision.requeue else decision
+            return self._requeue(sidecar, decision, attempt, scheduler)
+        return self._announce(decision, attempt)
 
     def _fenced(self, attempt: int, outcome: Outcome) -> Decision:
         """The run belongs to the newer attempt: its sidecar must not hear of our end."""
@@ -93,21 +98,24 @@ class AttemptBook:
         if answer.cancelled:
             reason = ExitReason.CANCELLED
             stopped = Decision(False, reason.state, reason, reason.message)
-            self._write(sidecar, stopped, attempt)
-            return stopped
+            self._write(sidecar, stopped)
+            return self._announce(stopped, attempt)
         message = f"{decision.message}; the scheduler refused to requeue it: {answer.message}"
         refused = Decision(False, JobState.NEEDS_RESUME, decision.reason, message)
-        self._write(sidecar, refused, attempt)
-        return refused
+        self._write(sidecar, refused)
+        return self._announce(refused, attempt)
 
-    def _write(self, sidecar: SidecarWriter, decision: Decision, attempt: int) -> None:
+    def _write(self, sidecar: SidecarWriter, decision: Decision) -> None:
         if decision.state.terminal:
             # Before the terminal state is visible: whoever sees `completed` may rely on the secrets being gone.
             self.paths.secrets.unlink(missing_ok=True)
         sidecar.update(status=decision.state.value, exit_reason=decision.reason.value, message=decision.message)
-        if not decision.requeue:
-            kind = "cancelled" if decision.state is JobState.CANCELLED else "finished"
-            self._finished(kind, attempt, decision.state, decision.reason, decision.message)
+
+    def _announce(self, decision: Decision, attempt: int) -> Decision:
+        """The end of the submission as an event, once the state is written."""
+        kind = "cancelled" if decision.state is JobState.CANCELLED else "finished"
+        self._finished(kind, attempt, decision.state, decision.reason, decision.message)
+        return decision
 
     def _finished(self, event: str, attempt: int, state: JobState, reason: ExitReason, message: str) -> None:
         self.events.append(event, attempt=attempt, state=state.value, exit_reason=reason.value, message=message)

@@ -124,3 +124,15 @@ def test_runs_are_listed_by_name(tmp_path: Path) -> None:
     assert [paths.run_dir.name for paths in list_runs(root)] == ["a-2", "b-1"]
     with pytest.raises(RegistryError):
         list_runs(RootPaths(root.runs / "stray.txt"))
+
+
+def test_changes_of_one_write_become_visible_together(paths: RunPaths) -> None:
+    writer = SidecarWriter(paths)
+    writer.update(status="cancelled")
+    with writer.one_write():
+        writer.begin_attempt(1)
+        assert load_sidecar(paths)["attempts"] == []  # type: ignore[index]
+        writer.update(status="running")
+    stored = load_sidecar(paths)
+    assert stored is not None
+    assert (stored["status"], len(stored["attempts"])) == ("running", 1)
