@@ -37,6 +37,7 @@ class LocalBackend:
         paths.local_agent.unlink(missing_ok=True)
         paths.scheduler_log.parent.mkdir(parents=True, exist_ok=True)
         argv = [plan.agent["python"], "-m", "orchestrator.worker.agent", "local", str(plan.run_dir)]
+        argv += ["--token", plan.token]
         try:
             with paths.scheduler_log.open("ab") as log:
                 process = subprocess.Popen(
@@ -54,7 +55,11 @@ class LocalBackend:
                 hint="`slurm.python` must be an interpreter of this machine.",
             ) from error
         _started[:] = [*(known for known in _started if known.poll() is None), process]
-        return self._wait_until_up(process, paths)
+        try:
+            return self._wait_until_up(process, paths)
+        except BaseException:  # Ctrl-C included: nobody would know of this agent
+            process.kill()
+            raise
 
     def _wait_until_up(self, process: subprocess.Popen[bytes], paths: RunPaths) -> JobHandle:
         until = time.monotonic() + _START_S
@@ -64,12 +69,15 @@ class LocalBackend:
             if process.poll() is not None:
                 break
             time.sleep(_POLL_S)
-        process.kill()
         words = _tail(paths.scheduler_log)
         raise BackendError(f"the local agent did not start: {words}", hint=f"Its output is in {paths.scheduler_log}.")
 
     def find(self, token: str) -> JobHandle | None:
-        """Nothing to find: a local submission cannot be queued without an answer."""
+        """The agent that was started with this token; its submitter may have been killed before it noted the pid."""
+        for process in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+                if process.name.isdigit() and token.encode() in (process / "cmdline").read_bytes().split(b"\0"):
+                    return JobHandle(self.name, local_job_id(process_identity(int(process.name))))
         return None
 
     def poll(self, handles: Sequence[JobHandle]) -> dict[JobHandle, JobStatus]:

@@ -22,6 +22,7 @@ from orchestrator.operations.submission import (
     check,
     nothing_to_do,
     reconcile,
+    restore_secrets,
     run_lock,
     start,
     translated,
@@ -53,6 +54,7 @@ def cancel(run: str, *, root: str | Path | None = None, open_backend: OpenBacken
         if not record.tombstone:
             write_json(paths.tombstone, {"time": time.time(), "user": _user()})
         if before.state is JobState.CANCELLED and not before.alive:
+            paths.secrets.unlink(missing_ok=True)  # its agent was killed before it could
             return _cancelled(record, "already_cancelled")
         return _stop(record, before, open_backend)
 
@@ -170,11 +172,15 @@ def resume(
     with translated(paths.run_dir), run_lock(paths):
         spec = _changed_spec(paths, plan, tuple(overrides), environ)
         record = load_record(paths)
-        if record.submission is not None and record.submission.job_id is None:
+        interrupted = record.submission is not None and record.submission.job_id is None
+        if interrupted:
             record = reconcile(record, open_backend)
         if record.tombstone:
             record = _lift_tombstone(record, open_backend, sleep)
-        done = nothing_to_do(record, ask_or_raise(record, open_backend))
+        standing = ask_or_raise(record, open_backend)
+        if interrupted:
+            restore_secrets(spec, record, standing, environ)
+        done = nothing_to_do(record, standing)
         if done is not None:
             return done
         check(spec, environ)

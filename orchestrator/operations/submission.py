@@ -229,12 +229,12 @@ def _submit_locked(
 ) -> Submitted:
     record = load_record(paths)
     backend = open_backend(request.spec.backend)
-    if record.submission is not None and record.submission.job_id is None:
+    interrupted = record.submission is not None and record.submission.job_id is None
+    if interrupted:
         record = reconcile(record, open_backend)
-        if record.submission is not None and record.submission.job_id is not None:
-            check(request.spec, environ)
-            _write_secrets(request.spec, paths, environ)  # taken away when its submitter failed
     standing = ask_or_raise(record, open_backend)
+    if interrupted:
+        restore_secrets(request.spec, record, standing, environ)
     done = nothing_to_do(record, standing)
     if done is not None:
         return replace(done, warnings=_remembered(paths, request.root, environ))
@@ -257,6 +257,13 @@ def reconcile(record: Record, open_backend: OpenBackend) -> Record:
         return record
     _note_submitted(record.paths, handle.job_id, submission.backend, submission.token, submission.attempt_base)
     return load_record(record.paths)
+
+
+def restore_secrets(spec: JobSpec, record: Record, standing: Standing | None, environ: Mapping[str, str]) -> None:
+    """Hand them over again to a job found by its token: its submitter took them away when it failed."""
+    if standing is not None and standing.alive:
+        check(spec, environ)
+        _write_secrets(spec, record.paths, environ)
 
 
 def ask_or_raise(record: Record, open_backend: OpenBackend) -> Standing | None:
@@ -358,10 +365,10 @@ def start(
                 _store_code(code, root)
         _write_run(spec, plan, paths, environ)
         handle = _queue(plan, paths, environ, backend)
-    except BaseException as error:
+    except BaseException:
         # Secrets never outlive a submission that did not happen, whatever stopped it (Ctrl-C included).
         paths.secrets.unlink(missing_ok=True)
-        if first and not isinstance(error, SchedulerUnavailable):
+        if first and not _perhaps_queued(paths):
             shutil.rmtree(paths.run_dir, ignore_errors=True)
         raise
     earlier = record.submission is not None and record.submission.job_id is not None
@@ -374,6 +381,12 @@ def start(
         summary=summarise(spec),
         warnings=_remembered(paths, root, environ),
     )
+
+
+def _perhaps_queued(paths: RunPaths) -> bool:
+    """True while an intent to submit is open: no answer, or Ctrl-C while waiting for one. The job may start yet, and
+    only its token in this directory keeps the next submit from queueing it a second time."""
+    return load_record(paths).submission is not None
 
 
 def _store_code(snapshot: Snapshot, root: Path) -> None:

@@ -239,7 +239,13 @@ class NodeAgent:
     def _secrets(self) -> dict[str, str]:
         if not self.orders["secrets"]:
             return {}
-        values = read_json(self.paths.secrets)
+        try:
+            values = read_json(self.paths.secrets)
+        except FileNotFoundError:
+            raise RegistryError(
+                "the secrets of this run have been removed: its submission failed, or it was to end",
+                hint="`orch submit` or `orch resume` hands them over again.",
+            ) from None
         return {name: values[name] for name in self.orders["secrets"]}
 
     def _torchrun_args(self, directory: NodeDirectory) -> list[str] | None:
@@ -487,6 +493,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("role", choices=["node", "finish", "local"])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--status", type=int, default=0)
+    parser.add_argument("--token", help="names a local submission in the list of processes; not read here")
     arguments = parser.parse_args(argv)
     try:
         if arguments.role != "finish":

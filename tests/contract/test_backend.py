@@ -149,6 +149,11 @@ def test_a_signal_to_a_running_job_is_accepted(case: Case) -> None:
     case.backend.signal(handle, "USR1")
 
 
+def test_a_live_job_is_found_by_its_token(case: Case) -> None:
+    handle = case.submit()
+    assert case.backend.find(case.plans[0].token) == handle
+
+
 def test_a_token_nobody_submitted_is_not_found(case: Case) -> None:
     assert case.backend.find("orch:nobody:0123456789abcdef") is None
 

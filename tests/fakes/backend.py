@@ -27,6 +27,7 @@ class FakeBackend:
     down: bool = False
     refuse: str = ""
     lose_answer: bool = False  # the job is queued, and nobody learns its id
+    interrupt: bool = False  # the same, because of Ctrl-C
     secrets_seen: list[str] = field(default_factory=list)
     polls: int = 0
 
@@ -44,6 +45,8 @@ class FakeBackend:
         job_id = str(100 + len(self.plans))
         self.tokens[plan.token] = job_id
         self.set(job_id, SchedulerState.PENDING, "Resources")
+        if self.interrupt:
+            raise KeyboardInterrupt
         if self.lose_answer:
             raise SchedulerUnavailable("sbatch gave no answer; whether the job was queued is not known")
         return JobHandle(self.name, job_id)
@@ -93,6 +96,10 @@ class FakeAgent:
         EventLog(self.paths, f"rank0-{attempt}").append(
             "checkpoint_committed", attempt=attempt, step=step, epoch=0, path=f"/ckpt/step-{step}", seconds=0.1
         )
+
+    def stop(self, attempt: int, step: int) -> None:
+        """Rank 0's verdict after the save of a stop."""
+        EventLog(self.paths, f"rank0-{attempt}").append("verdict", attempt=attempt, outcome="saved", step=step)
 
     def end(
         self, status: str, reason: str, *, step: int | None = None, saved_in_s: float | None = None, message: str = ""

@@ -55,6 +55,14 @@ def test_cancelling_twice_is_fine(world: World) -> None:
     assert [event["event"] for event in read_events(world.paths(run))].count("cancelled") == 1
 
 
+def test_cancelling_again_removes_what_a_killed_agent_could_not(world: World) -> None:
+    run, _ = world.running()
+    world.cancel(run)
+    world.paths(run).secrets.write_text("{}")
+    assert world.cancel(run).action == "already_cancelled"
+    assert not world.paths(run).secrets.exists()
+
+
 def test_cancelling_a_completed_run_changes_nothing(world: World) -> None:
     run = world.ended("completed", "completed")
     assert world.cancel(run).action == "already_completed"
@@ -110,8 +118,11 @@ def test_a_drill_is_told_step_by_step(world: World) -> None:
     run, agent = world.running()
     paths = world.paths(run)
     drill = operations.preempt(str(paths.run_dir), open_backend=world.backend.open, clock=lambda: time.time() - 1)
+    agent.commit(0, 16)  # a periodic save between the signal and the stop is not the drill's
     agent.commit(0, 17)
+    agent.stop(0, 17)
     agent.end("preempted", "preempted", step=17, saved_in_s=0.2)
+    EventLog(paths, "agent-n0").append("verdict", attempt=0, node=0, exit_code=75, message="")
     EventLog(paths, "agent-n0").append("requeued", attempt=0)
     agent.begin(1, resumed=17)
     news = list(watch_drill(drill, timeout_s=20, open_backend=world.backend.open))

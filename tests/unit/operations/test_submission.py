@@ -24,7 +24,7 @@ from orchestrator.operations.roots import find_run, load_memory, locked
 from orchestrator.plan import Plan
 from orchestrator.registry import read_events
 from orchestrator.states import JobState
-from tests.fakes.backend import FakeBackend
+from tests.fakes.backend import FakeAgent, FakeBackend
 from tests.unit.operations.conftest import World
 
 
@@ -249,6 +249,39 @@ def test_the_secrets_of_such_a_job_are_handed_over_again(world: World) -> None:
     world.backend.lose_answer = False
     done = world.submit()
     assert world.paths(done.run_id).secrets.exists()
+
+
+def test_ctrl_c_while_queueing_does_not_queue_the_run_twice(world: World) -> None:
+    world.backend.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        world.submit()
+    world.backend.interrupt = False
+    again = world.submit()
+    assert (again.action, again.job_id) == ("already_queued", "101")
+    assert len(world.backend.plans) == 1
+
+
+def test_resume_hands_the_secrets_over_again_too(world: World) -> None:
+    world.backend.interrupt = True
+    with pytest.raises(KeyboardInterrupt):
+        world.submit()
+    (run_dir,) = (world.root / "runs").iterdir()
+    assert not world.paths(run_dir.name).secrets.exists()
+    assert world.resume(run_dir.name).action == "already_queued"
+    assert world.paths(run_dir.name).secrets.exists()
+
+
+def test_a_job_found_again_that_has_ended_gets_no_secrets(world: World) -> None:
+    world.backend.lose_answer = True
+    with pytest.raises(SchedulerUnavailable):
+        world.submit()
+    (run_dir,) = (world.root / "runs").iterdir()
+    agent = FakeAgent(world.paths(run_dir.name))
+    agent.begin(0)
+    agent.end("completed", "completed", step=100)
+    world.backend.set("101", SchedulerState.ENDED, "COMPLETED")
+    assert world.submit().action == "already_completed"
+    assert not world.paths(run_dir.name).secrets.exists()
 
 
 def test_a_submission_lost_for_good_is_repeated(world: World) -> None:
