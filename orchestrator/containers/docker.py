@@ -6,6 +6,7 @@ when it is signalled three times (FACTS 4).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -47,6 +48,19 @@ def connect(environ: Mapping[str, str] = os.environ, *, timeout_s: int = _API_TI
 def _words(error: BaseException) -> str:
     explanation = getattr(error, "explanation", None)
     return str(explanation or error)
+
+
+def _remove(container: Any) -> None:
+    """End and remove a container; that somebody else is doing so is fine. Raises what the SDK raises."""
+    import docker.errors
+
+    with contextlib.suppress(docker.errors.NotFound):
+        try:
+            container.remove(force=True)
+        except docker.errors.APIError as error:
+            if error.status_code != 409:  # 409: its removal is in progress
+                raise
+            container.wait(timeout=_KILL_WAIT_S, condition="removed")
 
 
 class DockerPayload:
@@ -114,13 +128,11 @@ class DockerPayload:
 
     def close(self) -> None:
         """Remove the container."""
-        import docker.errors
+        import requests
 
         try:
-            self._container.remove(force=True)
-        except docker.errors.NotFound:
-            pass  # removed from outside: what we wanted
-        except docker.errors.APIError as error:
+            _remove(self._container)
+        except requests.RequestException as error:  # docker's APIError is one
             raise ContainerError(f"cannot remove container {self._container.id[:12]}: {_words(error)}") from error
 
     def early_output(self) -> str:
@@ -153,18 +165,17 @@ class DockerRuntime:
 
     def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
         """Containers of this run, this node and an older attempt: an agent that died badly leaves one behind."""
-        import docker.errors
+        import requests
 
         labels = [f"{LABEL_RUN}={run_id}", f"{LABEL_NODE}={node}"]
         removed = []
         try:
-            for container in self._client.containers.list(all=True, filters={"label": labels}):
+            # Without ignore_removed one that ends while we look would hide the others.
+            for container in self._client.containers.list(all=True, filters={"label": labels}, ignore_removed=True):
                 if int(container.labels[LABEL_ATTEMPT]) < before_attempt:
-                    container.remove(force=True)
+                    _remove(container)
                     removed.append(str(container.id))
-        except docker.errors.NotFound:
-            pass  # it was just being removed
-        except docker.errors.APIError as error:
+        except requests.RequestException as error:  # docker's APIError is one
             raise ContainerError(
                 f"a container of an older attempt of {run_id} cannot be removed: {_words(error)}",
                 hint="Two attempts must not run at once. Remove it by hand: docker rm -f",
@@ -173,23 +184,24 @@ class DockerRuntime:
 
     def start(self, request: PayloadRequest) -> Payload:
         """Create and start the container; a failure names the image, the mount or the entrypoint."""
-        import docker.errors
+        import requests
 
         self.ensure_image(request.image or "")
         try:
             container = self._client.containers.create(**container_options(request))
             try:
                 container.start()
-            except docker.errors.APIError:
-                container.remove(force=True)
+            except BaseException:  # an answer that came too late included: then it runs
+                _remove(container)
                 raise
-        except docker.errors.APIError as error:
+        except requests.RequestException as error:  # docker's APIError is one
             raise _start_error(request, _words(error)) from error
         return DockerPayload(self._client, container)
 
     def ensure_image(self, image: str) -> None:
         """Pull a digest-pinned image that this node does not have yet."""
         import docker.errors
+        import requests
 
         try:
             self._client.images.get(image)
@@ -201,10 +213,15 @@ class DockerRuntime:
                 ) from None
             try:
                 self._client.images.pull(image)
-            except docker.errors.APIError as error:
+            except requests.RequestException as error:
                 raise ContainerError(
                     f"cannot pull {image}: {_words(error)}", hint="Check the name and `docker login` on the node."
                 ) from error
+        except requests.RequestException as error:
+            raise ContainerError(
+                f"the container engine cannot say whether it has {image}: {_words(error)}",
+                hint="Look at the engine on this machine: `docker info`.",
+            ) from error
 
 
 def _start_error(request: PayloadRequest, words: str) -> ContainerError:
