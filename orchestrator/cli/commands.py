@@ -180,7 +180,7 @@ def ps(root: Path | None, states: Sequence[str], as_json: bool) -> None:
         out.line("no runs" + (f" in {root}" if root else " in any known root; --root DIR looks elsewhere"))
         return
     now = time.time()
-    out.lines(out.table(PS_HEADING, [row_of(row, now) for row in rows]))
+    out.lines(out.table(PS_HEADING, [row_of(row, now) for row in rows], width=out.terminal_width()))
 
 
 def _state(name: str) -> Any:

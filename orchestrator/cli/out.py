@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
@@ -98,11 +99,22 @@ def size(number: int) -> str:
     return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
-def table(heading: Sequence[str], rows: Sequence[Sequence[Segment]]) -> list[Line]:
-    """Left-aligned columns, as wide as their content."""
-    widths = [max([len(title), *(len(row[column][0]) for row in rows)]) for column, title in enumerate(heading)]
-    lines: list[Line] = [[(title.ljust(width) + "  ", "bold") for title, width in zip(heading, widths, strict=True)]]
-    lines += [
-        [(text.ljust(width) + "  ", style) for (text, style), width in zip(row, widths, strict=True)] for row in rows
-    ]
+def table(heading: Sequence[str], rows: Sequence[Sequence[Segment]], *, width: int | None = None) -> list[Line]:
+    """Left-aligned columns, as wide as their content; the last one is not padded, and is cut to `width` if given."""
+    widths = [max([len(title), *(len(row[column][0]) for row in rows)]) for column, title in enumerate(heading[:-1])]
+    room = None if width is None else max(10, width - sum(widths) - 2 * len(widths))
+    lines: list[Line] = [_row([(title, "bold") for title in heading], widths, room)]
+    lines += [_row(row, widths, room) for row in rows]
     return lines
+
+
+def _row(cells: Sequence[Segment], widths: Sequence[int], room: int | None) -> Line:
+    *padded, (last, style) = cells
+    shown = last if room is None or len(last) <= room else last[: room - 1] + "…"
+    line = [(text.ljust(width) + "  ", look) for (text, look), width in zip(padded, widths, strict=True)]
+    return [*line, (shown, style)]
+
+
+def terminal_width() -> int | None:
+    """Columns of the terminal that stdout is; None for a file or a pipe, which get everything."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None

@@ -20,7 +20,9 @@ def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None =
     content += [_attempt(attempt, status, now) for attempt in status.attempts]
     if status.last_checkpoint is not None:
         content.append(_checkpoint(status, now))
-    content += [_trend(trend) for trend in trends]
+    shown = list(trends)
+    widest = max((len(trend.name) for trend in shown), default=0)
+    content += [_trend(trend, widest) for trend in shown]
     content += [[("  ", ""), (text, "")] for text in _next_steps(status)]
     return content
 
@@ -56,14 +58,16 @@ def _step(status: RunStatus) -> str | None:
 
 
 def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:]
+    """`the node died` → `The node died`; what begins with a name (`module.Error: …`, `data: …`) stays as it is."""
+    first = text.split(maxsplit=1)[0] if text.strip() else ""
+    return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
 def _attempt(attempt: Attempt, status: RunStatus, now: float) -> Line:
     spent = duration((attempt.ended or now) - attempt.started) if attempt.started is not None else ""
     over = attempt.ended is not None or not status.alive
     why = attempt.exit_reason.value.replace("_", " ") if attempt.exit_reason else ("no word" if over else "running")
-    return [(f"  attempt {attempt.number}  {spent:<9}  {why:<13} ", ""), (_work(attempt), "")]
+    return [(f"  attempt {attempt.number}  {spent:<9}  {why:<13} {_work(attempt)}".rstrip(), "")]
 
 
 def _work(attempt: Attempt) -> str:
@@ -94,8 +98,8 @@ def _checkpoint(status: RunStatus, now: float) -> Line:
     return [(f"  checkpoint  {', '.join(parts)}", "")]
 
 
-def _trend(trend: Trend) -> Line:
-    return [(f"  {trend.name}  ", ""), (trend.bars, "cyan"), (f"  {trend.last:.4g}", "")]
+def _trend(trend: Trend, width: int) -> Line:
+    return [(f"  {trend.name:<{width}}  ", ""), (trend.bars, "cyan"), (f"  {trend.last:.4g}", "")]
 
 
 def _next_steps(status: RunStatus) -> Iterable[str]:

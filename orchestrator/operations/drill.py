@@ -65,7 +65,7 @@ def _begins_anew(paths: RunPaths, drill: Signalled) -> bool:
 
 
 _KINDS = {
-    "checkpoint_committed": "saved",
+    "verdict": "saved",  # not the commits: a periodic one may fall between the signal and the stop
     "requeued": "requeued",
     "attempt_started": "started",
     "resumed": "resumed",
@@ -79,6 +79,8 @@ def _news(paths: RunPaths, drill: Signalled) -> Iterator[DrillNews]:
     for event in load_record(paths).events:
         kind = _KINDS.get(str(event.get("event")))
         number = event.get("attempt")
+        if kind == "saved" and event.get("outcome") != "saved":  # a node's verdict, or one of another outcome
+            continue
         if kind is None or float(event.get("time") or 0.0) < drill.time or not isinstance(number, int):
             continue
         later = kind in ("started", "resumed")

@@ -43,12 +43,18 @@ def logs(
     With `follow`, blocks until the run ends, moving on to later attempts. Raises RunNotFound where there is no log.
     """
     paths = find_run(run, root)
-    number = attempt if attempt is not None else load_record(paths).last_attempt
+    newest = load_record(paths).last_attempt
+    number = attempt if attempt is not None else newest
+    if number is not None and newest is not None and number > newest and not follow:
+        raise RunNotFound(
+            f"{paths.run_dir.name} has no attempt {number}",
+            hint="it has attempt 0 only" if newest == 0 else f"its attempts are 0 to {newest}",
+        )
     if follow:
         return _follow(paths, number, rank, node, attempt is not None, open_backend, sleep)
     chosen = _existing(paths, number, rank, node)
     if chosen is None:
-        raise RunNotFound(_nothing(paths, number, rank, node), hint=f"`orch status {paths.run_dir.name}` tells why")
+        raise RunNotFound(_nothing(paths, number, rank, node), hint=f"how it stands: orch status {paths.run_dir.name}")
     return _read(chosen, number)
 
 

@@ -274,6 +274,27 @@ def test_ps(cli: Cli, world: World) -> None:
     assert cli("ps", "--state", "failed", "--json").document == []
 
 
+def test_a_long_message_does_not_break_the_rows_of_a_table() -> None:
+    rows = [[("run-1", ""), ("x" * 200, "")], [("r", ""), ("", "")]]
+    wide = ["".join(text for text, _ in line) for line in out.table(("RUN", ""), rows)]
+    assert wide == ["RUN    ", "run-1  " + "x" * 200, "r      "]
+    narrow = ["".join(text for text, _ in line) for line in out.table(("RUN", ""), rows, width=40)]
+    assert narrow[1] == "run-1  " + "x" * 32 + "…"
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("the node died", "The node died"),
+        ("orchestrator.errors.SpecError: no data", "orchestrator.errors.SpecError: no data"),
+        ("data: /x does not exist", "data: /x does not exist"),
+    ],
+)
+def test_a_message_that_begins_with_a_name_keeps_it(cli: Cli, world: World, message: str, shown: str) -> None:
+    run = world.ended("failed", "failure", message=message)
+    assert f"  {shown}\n" in cli("status", run).out
+
+
 def test_logs(cli: Cli, world: World) -> None:
     run, agent = world.running()
     world.paths(run).rank_log(0, 0).write_text("hello\nworld\n")
@@ -284,6 +305,9 @@ def test_logs(cli: Cli, world: World) -> None:
     missing = cli("logs", run, "--rank", "7")
     assert missing.code == 6
     assert "rank 7" in missing.err
+    never = cli("logs", run, "--attempt", "9")
+    assert never.code == 6
+    assert "has no attempt 9\nhint: it has attempt 0 only" in never.err
 
 
 @pytest.mark.parametrize(
