@@ -1,5 +1,7 @@
 """A plain Lightning Trainer that stops, saves and resumes exactly. Run it with python, torchrun or `orch submit`."""
 
+import os
+
 import lightning.pytorch as pl
 import torch
 
@@ -28,12 +30,15 @@ seeded = SeededDataset(data, seed=0)  # the seeding helper
 loader = torch.utils.data.DataLoader(seeded, batch_sampler=sampler, **exact_loader_options(num_workers=1))
 trainer = pl.Trainer(
     accelerator="cpu",
+    devices=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),  # under torchrun the trainer must be told how many ranks
+    num_nodes=int(os.environ.get("GROUP_WORLD_SIZE", "1")),
+    strategy="ddp" if exact.session.world_size > 1 else "auto",
     max_epochs=5,
     callbacks=[exact],
     logger=RunLogger(exact.session),  # metrics.csv; any other logger works, but is not cut back after a kill
     log_every_n_steps=1,
     use_distributed_sampler=False,
-    enable_checkpointing=False,
+    enable_checkpointing=False,  # the callback saves; Lightning's own files would go to the run directory
     enable_progress_bar=False,
 )
 model = Model()

@@ -17,7 +17,7 @@ optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
 sampler = ExactBatchSampler(len(data), batch_size=8, seed=0)
 loader = torch.utils.data.DataLoader(SeededDataset(data, seed=0), batch_sampler=sampler, **exact_loader_options(1))
 with session.guard():
-    loop = ResumableLoop(session, {"model": model, "optimizer": optimizer})
+    loop = ResumableLoop(session, {"model": model, "optimizer": optimizer}, max_steps=5 * len(sampler))
     for epoch in range(loop.epoch, 5):
         sampler.seek(epoch, loop.batch)
         for batch_idx, batch in enumerate(loader, start=loop.batch):

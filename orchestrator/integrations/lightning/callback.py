@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cached_property
@@ -112,8 +113,11 @@ class ExactResume(Callback):
             raise CheckpointError(
                 f"the trainer has {trainer.world_size} ranks and this is number {trainer.global_rank}, but the "
                 f"environment says {self.session.world_size} and {self.session.rank}",
-                hint="start the ranks with torchrun (or `orch submit`), not from within the Trainer",
+                hint="start the ranks with torchrun (or `orch submit`), and tell the trainer how many there are: "
+                'devices=, num_nodes=, strategy="ddp" (docs/exact-resume.md)',
             )
+        # Lightning cannot know that the exact sampler seeks; where there is another one, on_train_start says so.
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable.*")
         self._trainer = trainer
         self._signals = LightningSignals(trainer)
         self._signals.take_over()

@@ -31,6 +31,11 @@ class RunLogger(Logger):
         return self._session.run_id
 
     @property
+    def save_dir(self) -> str:
+        """Where Lightning puts what it saves itself: the run directory, because the job's code copy is read-only."""
+        return str(self._session.run_dir)
+
+    @property
     def version(self) -> int:
         return self._session.attempt
 

@@ -145,6 +145,28 @@ def test_a_strangers_trainer_is_told_what_it_lacks(
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_lightnings_own_checkpoints_go_to_the_run_directory(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = tmp_path / "code"  # what a job runs in; read-only for everybody but root
+    code.mkdir()
+    monkeypatch.chdir(code)
+    session.install_signal_handlers = lambda: None  # type: ignore[method-assign]
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=RunLogger(session),
+        callbacks=[ExactResume(session=session)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Plain(), torch.utils.data.DataLoader(torch.randn(8, 2), batch_size=4))  # type: ignore[arg-type]
+    assert list(code.iterdir()) == []
+    assert list(session.run_dir.rglob("epoch=*.ckpt"))
+    session.close()
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_ranks_the_trainer_starts_itself_are_refused(tmp_path: Path) -> None:
     environ = {"ORCH_RUN_ID": "r", "ORCH_RUN_DIR": str(tmp_path), "WORLD_SIZE": "2"}
     two = Session.start(environ=environ)
@@ -159,4 +181,5 @@ def test_ranks_the_trainer_starts_itself_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="2 and 0") as refused:
         trainer.fit(Plain(), torch.utils.data.DataLoader(torch.randn(8, 2)))  # type: ignore[arg-type]
     assert "torchrun" in (refused.value.hint or "")
+    assert "devices=" in (refused.value.hint or "")
     two.close()
