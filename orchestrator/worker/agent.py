@@ -421,7 +421,11 @@ def _run_as(orders: Mapping[str, Any], place: Place, scheduler: Scheduler, envir
     agent.install_signal_handlers()
     if environ.get("ORCH_TOLD") == "1":  # the batch script got a notice before there was an agent to tell
         agent.take_notice(signal.SIGTERM)
-    return run_node(agent)
+    launch.become_subreaper()
+    try:
+        return run_node(agent)
+    finally:
+        launch.end_descendants()  # without a container, what a killed PID 1 has left
 
 
 class _Deferred:

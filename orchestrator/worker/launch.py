@@ -82,10 +82,25 @@ def _kill(pid: int, signum: int) -> None:
         os.kill(pid, signum)
 
 
-def _become_subreaper() -> None:
+def become_subreaper() -> None:
     """Keep orphaned grandchildren below us where we are not PID 1, so that they can still be found and ended."""
     if os.getpid() != 1 and ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
+
+
+def end_descendants() -> None:
+    """SIGKILL and reap all descendants, again until none is left (one may fork while we look); bounded."""
+    until = time.monotonic() + 10
+    while time.monotonic() < until:
+        for pid in descendants(os.getpid()):
+            _kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:  # orphans become ours, so no child means no descendant
+            return
+        time.sleep(0.01)
+    print(f"orch: could not end processes {sorted(descendants(os.getpid()))}", file=sys.stderr, flush=True)
 
 
 # --- the supervisor --------------------------------------------------------------------------------------------------
@@ -142,21 +157,21 @@ class Launch:
         while True:
             self._wait_a_tick()
             if not self._leash_holds():
-                self._end_everything()
+                end_descendants()
                 return KILLED
             code = self._reap(child)
             if code is not None:
-                self._end_everything()
+                end_descendants()
                 return self.exit_code(code)
             if self.stop_requested:
                 self._deliver(child.pid)
             if self._only_teardown_is_left(child.pid):
                 # torchrun's interpreter needs seconds to end after its last rank (FACTS 4); nothing of ours is in it.
-                self._end_everything()
+                end_descendants()
                 return self.exit_code(0)
             if self._past_deadline():
                 print("orch: the deadline has passed, ending what is left", file=sys.stderr, flush=True)
-                self._end_everything()
+                end_descendants()
                 return self.exit_code(0) if self._verdict() else KILLED
 
     def _wait_a_tick(self) -> None:
@@ -213,20 +228,6 @@ class Launch:
     def _past_deadline(self) -> bool:
         deadline = _read_json(self.config["deadline_file"]) if self.stop_requested else None
         return deadline is not None and time.time() > deadline["deadline"] + self.config["deadline_slack_s"]
-
-    def _end_everything(self) -> None:
-        """SIGKILL and reap all descendants, again until none is left (one may fork while we look); bounded."""
-        until = time.monotonic() + 10
-        while time.monotonic() < until:
-            for pid in descendants(os.getpid()):
-                _kill(pid, signal.SIGKILL)
-            try:
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            except ChildProcessError:  # orphans become ours, so no child means no descendant
-                return
-            time.sleep(0.01)
-        print(f"orch: could not end processes {sorted(descendants(os.getpid()))}", file=sys.stderr, flush=True)
 
     def exit_code(self, code: int) -> int:
         """The contract of PROTOCOLS 3: the verdict of rank 0 decides where the program left without an error."""
@@ -297,8 +298,11 @@ def main(argv: list[str]) -> int:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    _become_subreaper()
-    return Launch(config).run()
+    become_subreaper()
+    try:
+        return Launch(config).run()
+    finally:
+        end_descendants()  # also when the supervisor itself fails
 
 
 if __name__ == "__main__":

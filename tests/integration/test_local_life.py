@@ -165,6 +165,16 @@ def test_a_killed_agent_is_lost_and_submit_goes_on(user: User) -> None:
     assert again["resumed_from"]["step"] >= lost["last_checkpoint"]["step"]
 
 
+def test_a_killed_supervisor_takes_the_program_with_it(user: User) -> None:
+    run = user.submit("--set", "job.args.steps=100000")["run_id"]
+    status = user.until(run, stepping)
+    (started,) = [event for event in status["events"] if event["event"] == "container_started"]
+    program = int((Path(status["run_dir"]) / "heartbeat").read_text().partition('"pid": ')[2].partition(",")[0])
+    os.kill(int(started["pid"]), 9)
+    assert user.json("wait", run, code=1)["state"] == "failed"
+    assert not Path(f"/proc/{program}").exists()
+
+
 def test_following_shows_the_log_and_ends_with_the_run(user: User) -> None:
     told = user.orch("submit", "spec.yaml", "--follow")
     assert "step 150\n" in told

@@ -174,6 +174,16 @@ def test_nothing_survives_pid_1(node: Node, end: str) -> None:
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_nothing_survives_a_supervisor_that_fails(node: Node) -> None:
+    node.start(grandchildren_program(node.directory))
+    node.ready()
+    pid = int(poll(lambda: (node.directory / "pid").read_text(), "the grandchild is up"))
+    node.deadline.write_text("no JSON")
+    node.order(b"U")
+    assert node.exit_code() == 1
+    assert not Path(f"/proc/{pid}").exists()
+
+
 def test_a_missing_program_is_told_apart(node: Node) -> None:
     node.start(["/no/such/program"])
     assert node.exit_code() == 127
