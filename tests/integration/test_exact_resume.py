@@ -32,7 +32,7 @@ from tests.integration.toy import verdict
 
 pytestmark = pytest.mark.slow
 
-STEPS = 36  # 3 epochs of 12
+STEPS = 48  # 4 epochs of 12
 EVERY_STEPS = 5
 
 
@@ -45,7 +45,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> PretrainSettings:
             "data": str(digits),
             "model_args": {"width": 4},
             "method_args": {"hidden_dim": 32, "output_dim": 16},
-            "epochs": 3,
+            "epochs": 4,
             "batch_size": 32,
             "num_workers": 2,
             "log_every_n_steps": 1,
@@ -169,9 +169,9 @@ def test_a_finished_run_is_found_finished_and_keeps_its_settings(
     shutil.copytree(expected, run_dir, symlinks=True)
     assert run_ranks(partial(_command, settings), run_dir, world_size=1, attempt=1) == [0], outputs(run_dir, 1)
     assert_exact(expected, run_dir)
-    codes = run_ranks(partial(_command, settings, epochs=4), run_dir, world_size=1, attempt=2)
+    codes = run_ranks(partial(_command, settings, epochs=5), run_dir, world_size=1, attempt=2)
     assert codes == [7]
-    assert "epochs: 3 before, 4 now" in outputs(run_dir, 2)
+    assert "epochs: 4 before, 5 now" in outputs(run_dir, 2)
     codes = run_ranks(partial(_command, settings, batch_size=33), tmp_path / "odd", world_size=2, attempt=0)
     assert set(codes) == {2}
     assert "use batch_size 32" in outputs(tmp_path / "odd", 0)
