@@ -33,7 +33,7 @@ def validate(
 def _warnings(secrets: Iterable[str], root: Path, environ: Mapping[str, str]) -> Iterable[str]:
     for name in secrets:
         if name not in environ:
-            yield f"secrets: {name} is not set in this environment; `orch submit` will ask for it"
+            yield f"secrets: {name} is not set in this environment; `orch submit` will refuse until it is"
     existing = next((parent for parent in (root, *root.parents) if parent.exists()), root)
     if not os.access(existing, os.W_OK):
         yield f"root: {existing} is not writable for you"
