@@ -45,15 +45,18 @@ def orch(arguments: Sequence[str], *, expect: Sequence[int] = (0,)) -> Any:
 
 def wait_for_step(run: str, step: int) -> dict[str, Any]:
     """Poll `orch status` until the run has made `step` steps; show progress meanwhile."""
-    until = time.monotonic() + LONGEST_S
+    until, shown = time.monotonic() + LONGEST_S, ""
     while time.monotonic() < until:
         status: dict[str, Any] = orch(["status", run])
         progress = status["progress"]
         at = (progress or {}).get("step") or 0
-        total = (progress or {}).get("max_steps") or "?"
-        print(f"\r  {status['state']:<12} step {at} / {total}    ", end="", flush=True)
+        total = (progress or {}).get("max_steps")
+        now = f"   {status['state']}, " + (f"step {at} / {total}" if total else "starting")
+        if sys.stdout.isatty() and now != shown:
+            print(f"\r{now:<50}", end="", flush=True)
+        shown = now
         if at >= step or status["state"] in ("completed", "failed", "lost", "needs_resume", "cancelled"):
-            print()
+            print(f"\r{now:<50}".rstrip() if sys.stdout.isatty() else now)
             return status
         time.sleep(0.3)
     sys.exit(f"the run did not reach step {step} within {LONGEST_S:.0f} s; see: orch logs {run}")
@@ -96,8 +99,9 @@ def report(status: dict[str, Any], before: dict[str, Any]) -> int:
         print(f"  checkpoint used    {resumed['checkpoint']}")
     print(f"  finished at        step {status['progress']['step']}")
     for name, value in metrics.items():
-        print(f"  {name:<18} {value}")
+        print(f"  {name:<18} {float(value):.4g}")
     print(f"  run directory      {status['run_dir']}")
+    print(f"\nLook around:  .venv/bin/orch status {status['run_id']}        .venv/bin/orch logs {status['run_id']}")
     ok = status["state"] == "completed" and saved is not None and resumed is not None
     ok = ok and saved["step"] == resumed["step"]
     if not ok:
