@@ -112,7 +112,8 @@ def _failure_reason(failure: Mapping[str, Any]) -> ExitReason:
 def decide(
     outcome: Outcome, *, attempts: Sequence[Mapping[str, Any]], caps: Mapping[str, int], silent: bool = False
 ) -> Decision:
-    """Whether another attempt follows. `attempts` are the sidecar's records, this one last and already judged.
+    """Whether another attempt follows. `attempts` are the sidecar's records since the run was last submitted or
+    resumed, this one last and already judged.
 
     `silent`: the scheduler could not be asked why it stopped us; then nothing is requeued, because a user's scancel
     would be undone, and the run waits for `orch resume`.

@@ -72,7 +72,8 @@ class AttemptBook:
             self._end(sidecar, attempt, outcome, srun_status)
             decision = decide(
                 outcome,
-                attempts=sidecar.data["attempts"],
+                # Since a person submitted or resumed it: else a run whose cap was spent once would stop at every notice.
+            attempts=[a for a in sidecar.data["attempts"] if a["attempt"] >= self.orders["attempt_base"]],
                 caps=self.orders["caps"],
                 silent=evidence.scheduler_silent,
             )

@@ -31,6 +31,7 @@ class Run:
             "name": "run",
             "run_dir": str(directory),
             "backend": "local",
+            "attempt_base": 0,
             "nodes": 1,
             "lead_time_s": 20,
             "caps": CAPS,
@@ -114,6 +115,16 @@ def test_a_stop_whose_cause_is_known_only_at_the_end_is_a_preemption(run: Run) -
     scheduler, _ = slurm("JobState=RUNNING Restarts=0 PreemptTime=2030-01-01T12:00:00 EndTime=2030-01-01T12:00:20")
     decision = run.book.close(0, scheduler)
     assert (decision.requeue, decision.reason) == (True, ExitReason.PREEMPTED)
+
+
+def test_resuming_a_run_whose_cap_was_spent_counts_anew(run: Run) -> None:
+    run.orders["caps"] = {**CAPS, "max_requeues": 1}
+    for attempt, requeued in ((0, True), (1, False)):
+        run.ended(attempt, outcome="saved", step=7, message="")
+        assert run.book.close(attempt, run.scheduler).requeue is requeued
+    run.orders["attempt_base"] = 2
+    run.ended(2, outcome="saved", step=8, message="")
+    assert run.book.close(2, run.scheduler).requeue
 
 
 def test_silence_to_the_end_waits_for_a_person(run: Run) -> None:
