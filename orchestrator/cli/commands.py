@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -110,7 +112,8 @@ def _after_submit(result: Submitted, follow: bool, as_json: bool) -> None:
     if not as_json:
         out.lines(_submitted_lines(result))
     if follow:
-        status = _follow(str(result.run_dir), silent=as_json)
+        with _looking(result.run_id):
+            status = _follow(str(result.run_dir), silent=as_json)
         if as_json:
             out.json_document({**result.as_json(), "state": status.state.value})
         else:
@@ -136,8 +139,18 @@ def _submitted_lines(result: Submitted) -> list[out.Line]:
     return [[run, (f"  {verb} {where_to}{summary}", "")], [(hint, "dim")]]
 
 
+@contextmanager
+def _looking(run: str) -> Iterator[None]:
+    """Ctrl-C stops looking, not the run: say so."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nStopped looking; the run goes on. Look again:  orch logs -f {run}", file=sys.stderr)
+        raise
+
+
 def _follow(run: str, *, silent: bool) -> RunStatus:
-    """Print the log until the run ends. Ctrl-C stops looking; the run goes on."""
+    """Print the log until the run ends."""
     for line in operations.logs(run, follow=True):
         if not silent:
             _print_log_line(line.text, line.heading)
@@ -197,8 +210,9 @@ def logs(
 ) -> None:
     lines = operations.logs(run, root=root, follow=follow, attempt=attempt, rank=rank, node=node)
     if not as_json:
-        for line in lines:
-            _print_log_line(line.text, line.heading)
+        with _looking(run) if follow else nullcontext():
+            for line in lines:
+                _print_log_line(line.text, line.heading)
         return
     kept = [line for line in lines if not line.heading]
     last = kept[-1].attempt if kept else attempt

@@ -453,19 +453,6 @@ class Checkpoint(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _reserved(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            later = [
-                ((key,), "is reserved for a later version; leave it out")
-                for key in RESERVED_CHECKPOINT_KEYS
-                if key in data
-            ]
-            if later:
-                raise Refusal(keys=later)
-        return data
-
-    @model_validator(mode="before")
-    @classmethod
     def _null_is_default(cls, data: Any) -> Any:
         """Here null is a value: no saves for that reason."""
         return (

@@ -6,10 +6,12 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator import operations
 from orchestrator.cli import failures, out
 from orchestrator.cli.main import main
 from orchestrator.files import write_json
@@ -398,6 +400,21 @@ def test_ctrl_c_is_quiet(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(describe, "find_run", interrupted)
     said = cli("status", "x")
     assert (said.code, said.out, said.err) == (130, "", "")
+
+
+def test_ctrl_c_while_following_says_that_the_run_goes_on(
+    cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = world.running()
+
+    def interrupted(*arguments: object, **options: object) -> Iterator[object]:
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(operations, "logs", interrupted)
+    said = cli("logs", "-f", run)
+    assert (said.code, said.out) == (130, "")
+    assert f"the run goes on. Look again:  orch logs -f {run}" in said.err
 
 
 def test_a_reader_that_leaves_is_no_error(world: World) -> None:
