@@ -11,9 +11,8 @@ from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog, SidecarWriter, read_events
 from orchestrator.states import ExitReason, JobState
-from orchestrator.worker import decision as decisions
 from orchestrator.worker.decision import Decision, Evidence, Outcome, decide, judge
-from orchestrator.worker.scheduler import RUNNING, Requeued, Scheduler, SlurmScheduler
+from orchestrator.worker.scheduler import Requeued, Scheduler
 
 
 class AttemptBook:
@@ -72,8 +71,7 @@ class AttemptBook:
             self._end(sidecar, attempt, outcome, srun_status)
             decision = decide(
                 outcome,
-                # Since a person submitted or resumed it: else a run whose cap was spent once would stop at every notice.
-            attempts=[a for a in sidecar.data["attempts"] if a["attempt"] >= self.orders["attempt_base"]],
+                attempts=self._since_submitted(sidecar),
                 caps=self.orders["caps"],
                 silent=evidence.scheduler_silent,
             )
@@ -83,6 +81,12 @@ class AttemptBook:
         if decision.requeue:
             return self._requeue(sidecar, decision, attempt, scheduler)
         return self._announce(decision, attempt)
+
+    def _since_submitted(self, sidecar: SidecarWriter) -> list[dict[str, Any]]:
+        """The attempts that count against the caps: a run whose cap was spent must not stop at every notice for ever
+        after a person has resumed it."""
+        base = self.orders["attempt_base"]
+        return [entry for entry in sidecar.data["attempts"] if entry["attempt"] >= base]
 
     def _fenced(self, attempt: int, outcome: Outcome) -> Decision:
         """The run belongs to the newer attempt: its sidecar must not hear of our end."""
@@ -154,12 +158,8 @@ class AttemptBook:
         signalled = any(e["event"] == "signalled" for e in events)
         cause = ExitReason(notices[-1]["cause"]) if notices else None
         ended_well = len(codes) == self.orders["nodes"] and not any(codes.values())
-        silent = False
-        if cause is None and not ended_well and isinstance(scheduler, SlurmScheduler):
-            job = scheduler.show_job()
-            if job is not None and (signalled or job.get("JobState") not in RUNNING):
-                cause = scheduler.why(float(self.orders["lead_time_s"])).cause
-            silent = signalled and cause is None
+        if cause is None and not ended_well:
+            cause = scheduler.why_ended(noticed=signalled, lead_time_s=float(self.orders["lead_time_s"]))
         failures = [*self.paths.rank_verdicts(attempt), *self.paths.node_verdicts(attempt)]
         return Evidence(
             tombstone=self.paths.tombstone.exists(),
@@ -168,16 +168,12 @@ class AttemptBook:
             node_codes=codes,
             nodes=self.orders["nodes"],
             cause=cause,
-            scheduler_silent=silent,
+            scheduler_silent=signalled and cause is None and not ended_well,
         )
-
-    @staticmethod
-    def exit_code(decision: Decision) -> int:
-        """Exit code of the batch script."""
-        return decisions.exit_code(decision)
 
 
 def read_verdict(paths: RunPaths, attempt: int) -> dict[str, Any] | None:
+    """Rank 0's verdict of an attempt, None when it left none. Raises RegistryError naming the attempt."""
     try:
         verdict: dict[str, Any] = read_json(paths.verdict(attempt))
         return verdict
