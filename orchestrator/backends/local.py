@@ -15,7 +15,7 @@ from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
 from orchestrator.errors import BackendError, RegistryError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
-from orchestrator.worker.agent import local_job_id, process_identity
+from orchestrator.worker.scheduler import local_job_id, process_identity
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan

@@ -10,7 +10,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.containers.payload import Mount, Payload, PayloadRequest
@@ -110,15 +110,19 @@ class DockerPayload:
             raise self._lost
         return self._code
 
-    def signal(self, signum: int) -> None:
-        """Signal PID 1 through the engine."""
-        self._ask(lambda: self._container.kill(signal=signum))
-
     def kill(self) -> None:
         """SIGKILL and wait until the engine says it is dead."""
+        import docker.errors
+
         if self._code is not None:
             return
-        self._ask(lambda: self._container.kill())
+        try:
+            self._container.kill()
+        except docker.errors.NotFound:
+            pass  # it has ended and was removed
+        except docker.errors.APIError as error:
+            if error.status_code != 409:  # 409: it is not running any more
+                raise ContainerError(f"the container engine refused: {_words(error)}") from error
         self._watcher.join(timeout=_KILL_WAIT_S)
         if self._code is None:
             raise ContainerError(
@@ -140,19 +144,8 @@ class DockerPayload:
         return str(self._container.logs(tail=50).decode(errors="replace"))
 
     def describe(self) -> dict[str, object]:
-        """id and out-of-memory flag."""
+        """The container's id."""
         return {"runtime": "docker", "container": self._container.id}
-
-    def _ask(self, call: Callable[[], object]) -> None:
-        import docker.errors
-
-        try:
-            call()
-        except docker.errors.NotFound:
-            pass  # it has ended and was removed
-        except docker.errors.APIError as error:
-            if error.status_code != 409:  # 409: it is not running any more
-                raise ContainerError(f"the container engine refused: {_words(error)}") from error
 
 
 class DockerRuntime:

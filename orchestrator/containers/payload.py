@@ -42,14 +42,14 @@ class Payload(Protocol):
     def poll(self) -> int | None:
         """Exit code once it has ended, else None. Never blocks; raises ContainerError when the engine is lost."""
 
-    def signal(self, signum: int) -> None:
-        """Send a signal to PID 1; harmless when it has ended."""
-
     def kill(self) -> None:
         """End it and everything in it; returns once it is known dead or raises ContainerError."""
 
     def close(self) -> None:
         """Remove what the engine keeps of it."""
+
+    def early_output(self) -> str:
+        """What PID 1 said before it opened its own log, where that did not go to the log anyway."""
 
     def describe(self) -> dict[str, object]:
         """What to record about it: runtime, id, pid."""

@@ -24,10 +24,6 @@ class ProcessPayload:
         code = self._process.poll()
         return code if code is None or code >= 0 else 128 - code
 
-    def signal(self, signum: int) -> None:
-        """Signal PID 1 alone; it knows which of its processes can use it."""
-        self._process.send_signal(signum)
-
     def kill(self) -> None:
         """End PID 1's whole process group."""
         if self._process.poll() is None:
@@ -42,6 +38,10 @@ class ProcessPayload:
 
     def close(self) -> None:
         """Nothing is kept."""
+
+    def early_output(self) -> str:
+        """Nothing: it went to the node's log."""
+        return ""
 
     def describe(self) -> dict[str, object]:
         """pid of PID 1."""

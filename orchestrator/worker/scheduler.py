@@ -44,8 +44,25 @@ class Scheduler(Protocol):
     def why(self, lead_time_s: float) -> Notice:
         """Ask why a stop signal has come."""
 
+    def why_ended(self, *, noticed: bool, lead_time_s: float) -> ExitReason | None:
+        """Why an attempt has ended that no notice explains; None when the scheduler did not end it, or does not say.
+
+        `noticed`: a stop signal came, but nobody could say why.
+        """
+
     def requeue(self) -> Requeued:
         """Ask for another attempt. Called once, after everything is saved and written."""
+
+
+def process_identity(pid: int) -> dict[str, int]:
+    """pid and start time (clock ticks since boot, proc(5) field 22): a reused pid has another start time."""
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    return {"pid": pid, "start_time": int(stat.rpartition(")")[2].split()[19])}
+
+
+def local_job_id(identity: Mapping[str, int]) -> str:
+    """How a local job is named in events and on the command line."""
+    return f"{identity['pid']}.{identity['start_time']}"
 
 
 class LocalScheduler:
@@ -60,6 +77,10 @@ class LocalScheduler:
         if self._tombstone.exists():
             return Notice(ExitReason.CANCELLED, time.time() + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
         return Notice(ExitReason.PREEMPTED, time.time() + lead_time_s)
+
+    def why_ended(self, *, noticed: bool, lead_time_s: float) -> ExitReason | None:
+        """A signal is a preemption; nobody else ends a local attempt."""
+        return ExitReason.PREEMPTED if noticed else None
 
     def requeue(self) -> Requeued:
         """The caller loops."""
@@ -124,6 +145,13 @@ class SlurmScheduler:
         )
         told = ("JobState", "Reason", "Restarts", "EndTime", "PreemptTime")
         return replace(notice, words=" ".join(f"{key}={job[key]}" for key in told if key in job))
+
+    def why_ended(self, *, noticed: bool, lead_time_s: float) -> ExitReason | None:
+        """What Slurm says at the end: a job that still runs was ended by its program."""
+        job = self.show_job()
+        if job is None or (not noticed and job.get("JobState") in RUNNING):
+            return None
+        return self.why(lead_time_s).cause
 
     def node_names(self, nodelist: str) -> list[str]:
         """The names in a list such as `n[1-3]`; the list itself when Slurm cannot be asked."""

@@ -10,7 +10,7 @@ import pytest
 
 from orchestrator.containers.docker import container_options
 from orchestrator.containers.payload import Mount, PayloadRequest
-from orchestrator.worker.agent import step_gpus
+from orchestrator.worker.node_agent import step_gpus
 
 
 def request(**changes: Any) -> PayloadRequest:

@@ -16,7 +16,7 @@ from orchestrator.paths import RunPaths
 from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
 from orchestrator.spec import parse_spec
-from orchestrator.worker.agent import NodeAgent, Place, hold_stop_signals, run_node
+from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node
 from orchestrator.worker.scheduler import LocalScheduler
 
 
@@ -29,12 +29,13 @@ class EndedPayload:
     def poll(self) -> int | None:
         return self.code
 
-    def signal(self, signum: int) -> None: ...
-
     def kill(self) -> None: ...
 
     def close(self) -> None:
         raise ContainerError("cannot remove container 0123")
+
+    def early_output(self) -> str:
+        return ""
 
     def describe(self) -> dict[str, object]:
         return {}

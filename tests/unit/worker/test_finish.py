@@ -13,8 +13,8 @@ from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog, load_sidecar
 from orchestrator.states import ExitReason, JobState
-from orchestrator.worker.agent import NodeAgent, Place, run_node
 from orchestrator.worker.finish import AttemptBook
+from orchestrator.worker.node_agent import NodeAgent, Place, run_node
 from orchestrator.worker.scheduler import LocalScheduler, Requeued, SlurmScheduler
 
 CAPS = {"max_requeues": 9, "time_limit": 9, "node_failure": 9, "out_of_memory": 0, "failure": 0}
