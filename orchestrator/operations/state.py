@@ -48,7 +48,9 @@ def _alive(record: Record, job: JobStatus | None) -> bool:
         return record.elsewhere is not None and record.heartbeat_fresh
     # Nobody who could be asked knows: a fresh heartbeat means somebody is training (another cluster's queue, say).
     if job is None and record.submission is not None and record.submission.job_id is not None:
-        return record.heartbeat_fresh or _stated(record) in (None, JobState.QUEUED, JobState.PREEMPTED)
+        # A program that does not use our library, or has not got that far, has no heartbeat to miss.
+        silent = record.heartbeat_age_s is None and _stated(record) is JobState.RUNNING
+        return record.heartbeat_fresh or silent or _stated(record) in (None, JobState.QUEUED, JobState.PREEMPTED)
     return record.heartbeat_fresh
 
 

@@ -104,6 +104,13 @@ def test_a_silent_scheduler_is_a_warning_and_the_heartbeat_decides(world: World)
     assert not world.status(run).alive
 
 
+def test_a_silent_scheduler_does_not_lose_a_program_that_has_no_heartbeat(world: World) -> None:
+    run, _ = world.running()
+    world.backend.down = True
+    status = world.status(run)
+    assert (status.state, status.alive) == (JobState.RUNNING, True)
+
+
 def test_a_fresh_heartbeat_beats_a_queue_that_does_not_know_the_job(world: World) -> None:
     """The login node of another cluster: its queue knows nothing of the job, and it trains all the same."""
     run, _ = world.running()
