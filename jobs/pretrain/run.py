@@ -90,8 +90,9 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
 
     from jobs.data.images import ImageFolder
     from jobs.methods import build_method
+    from jobs.pretrain.logger import EpochLogger
     from jobs.pretrain.record import describe_data
-    from orchestrator.integrations.lightning import ExactResume, RunLogger, exact_loader_options
+    from orchestrator.integrations.lightning import ExactResume, exact_loader_options
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if settings.deterministic:
@@ -111,7 +112,7 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
     method = build_method(
         settings, seed=seed, image_size=data.image_size, steps_per_epoch=len(sampler), rank=session.rank
     )
-    logger = RunLogger(session)
+    logger = EpochLogger(session, epochs=settings.epochs)
     _log_start(session, exact.ckpt_path)
     trainer = _trainer(session, settings, callbacks=[exact], logger=logger)
     trainer.fit(method, loader, ckpt_path=exact.ckpt_path)
