@@ -122,7 +122,7 @@ def _barred(spec: JobSpec, top: Path, spec_path: Path | None, root: Path) -> set
     inner = [root] if _below(root, top) else [layout.code, layout.runs, layout.sweeps]  # the root may be the workspace
     uri = spec.checkpoint.uri
     if uri is not None:
-        checkpoints = Path(uri.removeprefix("file://"))
+        checkpoints = Path(uri)
         if os.path.realpath(checkpoints) == os.path.realpath(top):
             raise SpecError(f"checkpoint.uri: {uri} is the workspace itself", hint="Give it a directory of its own.")
         inner.append(checkpoints)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from typing import Annotated, Any, Literal, TypeAlias
+from urllib.parse import unquote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -474,9 +475,16 @@ class Checkpoint(_Section):
         match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value or "")
         if match and match[1].lower() != "file":
             raise ValueError(f"{match[1]}:// comes in a later version; give a path on the shared disk")
-        if match and not str(value)[7:].startswith("/"):
-            raise ValueError("a file:// URI must hold an absolute path: file:///path")
-        return value
+        return value if match is None else _path_of_file_url(str(value))
+
+
+def _path_of_file_url(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.netloc not in ("", "localhost") or not parts.path.startswith("/"):
+        raise ValueError("a file:// URI must hold an absolute path: file:///path")
+    if parts.query or parts.fragment:
+        raise ValueError("in a file:// URI, ? and # are written %3F and %23; or give the path itself")
+    return unquote(parts.path)
 
 
 RESERVED_CHECKPOINT_KEYS = ("async", "scratch", "fence", "keep_every", "keep_best", "storage_options")

@@ -318,12 +318,12 @@ def test_arguments_are_never_touched(tmp_path: Path) -> None:
     assert spec.job.argv == ("../z",)
 
 
-@pytest.mark.parametrize("uri", ["file:///a/b", "/a/b"])
+@pytest.mark.parametrize("uri", ["/a/b c", "file:///a/b%20c", "FILE://localhost/a/b c"])
 def test_checkpoint_uris(uri: str) -> None:
-    assert parse_spec(minimal(checkpoint={"uri": uri})).checkpoint.uri == uri
+    assert parse_spec(minimal(checkpoint={"uri": uri})).checkpoint.uri == "/a/b c"
 
 
-@pytest.mark.parametrize("uri", ["s3://b/p", "gs://b", "file://relative", "S3://b"])
+@pytest.mark.parametrize("uri", ["s3://b/p", "gs://b", "file://relative", "file:///a?b", "S3://b"])
 def test_checkpoint_uris_of_later_versions(uri: str) -> None:
     assert "checkpoint.uri" in refused(minimal(checkpoint={"uri": uri}))
 
