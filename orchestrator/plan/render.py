@@ -104,7 +104,6 @@ def render_agent_plan(
         "run_id": run_id,
         "name": spec.name,
         "backend": spec.backend,
-        "root": str(root),
         "run_dir": str(paths.run_dir),
         "code_dir": str(RootPaths(root).snapshot(code_hash)),
         "code_hash": code_hash,
@@ -112,14 +111,8 @@ def render_agent_plan(
         "library_hash": library_hash,
         "attempt_base": attempt_base,
         "python": python,
-        "program": {"kind": program_kind(spec), "argv": program_argv(spec)},
-        "torchrun": None
-        if spec.job.command is not None
-        else {
-            "nproc_per_node": spec.torchrun.nproc_per_node,
-            "max_restarts": spec.torchrun.max_restarts,
-            "rdzv_backend": spec.torchrun.rdzv_backend,
-        },
+        "program": {"kind": spec.job.kind, "argv": program_argv(spec)},
+        "torchrun": None if spec.job.kind == "command" else spec.torchrun.model_dump(),
         "nodes": resources.nodes,
         "cpus_per_task": resources.cpus_per_task,
         "gpus_per_node": resources.gpus_per_node,
@@ -127,35 +120,15 @@ def render_agent_plan(
         "container": {
             "runtime": spec.container.runtime,
             "image": spec.container.image,
-            "mounts": [
-                {"source": str(mount.source), "target": str(mount.target), "read_only": mount.read_only}
-                for mount in spec.container.mounts
-            ],
+            "mounts": [mount.model_dump() for mount in spec.container.mounts],
         },
-        "checkpoint": {
-            "uri": checkpoint_uri(spec, paths),
-            "every_steps": spec.checkpoint.every_steps,
-            "every_minutes": spec.checkpoint.every_minutes,
-            "every_epochs": spec.checkpoint.every_epochs,
-            "keep_last": spec.checkpoint.keep_last,
-        },
+        "checkpoint": {**spec.checkpoint.model_dump(), "uri": checkpoint_uri(spec, paths)},
         "signal": spec.preemption.signal,
         "lead_time_s": int(spec.preemption.lead_time),
-        "caps": {
-            "max_requeues": spec.preemption.max_requeues,
-            "time_limit": spec.retry.time_limit,
-            "node_failure": spec.retry.node_failure,
-            "out_of_memory": spec.retry.out_of_memory,
-            "failure": spec.retry.failure,
-        },
+        "caps": {"max_requeues": spec.preemption.max_requeues, **spec.retry.model_dump()},
         "env": dict(spec.env),
         "secrets": list(spec.secrets),
     }
-
-
-def program_kind(spec: JobSpec) -> str:
-    """Which of the three ways to name a program the spec uses."""
-    return "module" if spec.job.module is not None else "script" if spec.job.script is not None else "command"
 
 
 def program_argv(spec: JobSpec) -> list[str]:
@@ -172,7 +145,7 @@ def checkpoint_uri(spec: JobSpec, paths: RunPaths) -> str:
     """Where this run's checkpoints lie: the run directory, or `<checkpoint.uri>/<run_id>`."""
     if spec.checkpoint.uri is None:
         return str(paths.checkpoints)
-    return f"{spec.checkpoint.uri.removeprefix('file://').rstrip('/')}/{paths.run_dir.name}"
+    return f"{spec.checkpoint.uri.rstrip('/')}/{paths.run_dir.name}"
 
 
 # --- the batch script ------------------------------------------------------------------------------------------------
