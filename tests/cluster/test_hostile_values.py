@@ -107,6 +107,8 @@ def test_hostile_values_arrive_unchanged_and_run_nothing(orch: Orch, cluster: Cl
     assert all(target.endswith(f" {content}") for target, content in seen["mounts"].items())
     assert len(seen["mounts"]) == (5 if runtime == "docker" else 0)
     assert [str(path) for path in orch.directory.rglob("pwned*")] == []
+    labels = json.loads((directory / "labels.json").read_text())
+    assert (labels["tags"], labels["notes"]) == (spec["tags"], spec["notes"])
 
     secret = SECRET.split()[0]
     assert secret not in rendered.stdout + rendered.stderr + inspected + command_lines

@@ -164,6 +164,21 @@ def test_a_program_without_our_library_ends_by_its_exit_code(orch: Orch, cluster
     assert waited.returncode == 1
 
 
+@pytest.mark.parametrize("runtime", ["none", "docker"])
+def test_the_local_backend_keeps_the_same_rules(orch: Orch, cluster: Cluster, runtime: str) -> None:
+    container = {"runtime": "docker", "image": cluster.image} if runtime == "docker" else {"runtime": "none"}
+    run = orch.submit(script_spec(orch, backend="local", container=container))["run_id"]
+    orch.wait_for_step(run, 5)
+    orch.json("preempt", run)
+    orch.wait_for_step(run, orch.step(run) + 1, attempt=1)
+    assert len(cluster.containers(f"label=orch.run_id={run}")) == (1 if runtime == "docker" else 0)
+    (orch.run_dir(run) / "enough").touch()
+    orch.wait_for_state(run, "completed", timeout=60)
+    steps = [int(step) for _, step, _ in said(orch, run)]
+    assert steps == list(range(1, len(steps) + 1))
+    assert cluster.containers() == []
+
+
 def test_an_image_that_is_not_there_is_named_with_the_fix(orch: Orch) -> None:
     image = "sha256:" + "1" * 64
     run = orch.submit(script_spec(orch, container={"runtime": "docker", "image": image}))["run_id"]
@@ -190,6 +205,14 @@ def test_a_crash_in_the_first_step_quotes_the_program(orch: Orch) -> None:
     failed = orch.wait_for_state(run, "failed", timeout=60)
     assert "no words today" in orch.call("status", run).stdout
     assert failed["attempt"] == 0, "retry.failure is 0 unless asked for"
+
+
+def test_a_local_job_without_an_engine_is_refused_before_anything_is_written(orch: Orch, cluster: Cluster) -> None:
+    spec = script_spec(orch, backend="local", container={"runtime": "docker", "image": cluster.image})
+    done = orch.call("submit", str(orch.write_spec(spec)), env={"DOCKER_HOST": "unix:///nowhere/docker.sock"})
+    assert done.returncode == 4
+    assert "hint:" in done.stderr
+    assert not any((orch.root / "runs").glob("*"))
 
 
 def test_an_unknown_partition_is_told_in_slurms_words_and_leaves_nothing(orch: Orch) -> None:
