@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+DEFAULT_ROOT = "orch_runs"
+"""The root where none is named, below the directory of the spec (or the current one)."""
+
 
 @dataclass(frozen=True)
 class RootPaths:

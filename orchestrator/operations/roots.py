@@ -1,4 +1,4 @@
-"""Which orch root holds a run: resolution order, and a small memory in the user's state directory (PROTOCOLS 1)."""
+"""Which orch root holds a run: where to look, and a small memory in the user's state directory (PROTOCOLS 1)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,12 @@ from pathlib import Path
 
 from orchestrator.errors import RegistryError, RunNotFound
 from orchestrator.files import write_atomic
-from orchestrator.paths import RootPaths, RunPaths
+from orchestrator.paths import DEFAULT_ROOT, RootPaths, RunPaths
+from orchestrator.spec.site import load_site
 
 _MEMORY_VERSION = 1
 _KEPT_ROOTS = 50
 _KEPT_RUNS = 2000
-DEFAULT_ROOT = "orch_runs"
-
-
-def resolve_root(given: str | Path | None, spec_root: str | None, environ: Mapping[str, str]) -> Path:
-    """`--root` › `root:` of the spec (site profile merged beneath it) › `$ORCH_ROOT` › `./orch_runs`; absolute."""
-    chosen = given or spec_root or environ.get("ORCH_ROOT") or DEFAULT_ROOT
-    return Path(chosen).expanduser().absolute()
 
 
 def state_dir(environ: Mapping[str, str] = os.environ) -> Path:
@@ -116,11 +110,12 @@ def _same_file(descriptor: int, path: Path) -> bool:
         return False
 
 
-def known_roots(environ: Mapping[str, str] = os.environ, *, site_root: str | None = None) -> list[Path]:
-    """Every root worth looking in when none was given, without duplicates, existing ones only."""
-    memory = load_memory(environ)
-    here = Path(DEFAULT_ROOT).absolute()
-    candidates = [environ.get("ORCH_ROOT"), site_root, str(here), *memory.roots]
+def known_roots(environ: Mapping[str, str] = os.environ) -> list[Path]:
+    """Every root worth looking in when none was given, without duplicates, existing ones only.
+
+    Raises SpecError when there is a site profile that cannot be read: it may name the root that is looked for.
+    """
+    candidates = [load_site(environ).root, environ.get("ORCH_ROOT"), DEFAULT_ROOT, *load_memory(environ).roots]
     unique = dict.fromkeys(str(Path(root).expanduser().absolute()) for root in candidates if root)
     return [Path(root) for root in unique if RootPaths(Path(root)).runs.is_dir()]
 

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import RegistryError, SpecError
 from orchestrator.files import fsync_dir
 from orchestrator.operations.ignore_patterns import IgnorePatterns
-from orchestrator.paths import RootPaths
+from orchestrator.paths import DEFAULT_ROOT, RootPaths
 
 if TYPE_CHECKING:
     from orchestrator.spec import JobSpec
@@ -43,7 +43,7 @@ _TEMPORARY = ".tmp."
 _STALE_S = 24 * 3600.0
 _SUBMODULE_DEPTH = 8
 _LIBRARY = ("orchestrator", "jobs")
-_NEVER = {".git", "orch_runs"}  # orch_runs: a root of other runs, whose logs would make every submission a new run
+_NEVER = {".git", DEFAULT_ROOT}  # a root of other runs, whose logs would make every submission a new run
 _REDIRECTING = {"GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_OBJECT_DIRECTORY"}
 
 Runner = Callable[[Sequence[str], float], "subprocess.CompletedProcess[bytes]"]

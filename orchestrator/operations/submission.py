@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +23,11 @@ from orchestrator.errors import (
     SpecError,
 )
 from orchestrator.files import read_json, write_atomic, write_json
-from orchestrator.operations.describe import ask_schedulers
+from orchestrator.operations.describe import OpenBackend, ask_schedulers, stand
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Submitted
-from orchestrator.operations.roots import locked, remember, resolve_root
-from orchestrator.operations.state import Standing, resolve
+from orchestrator.operations.roots import locked, remember
+from orchestrator.operations.state import Standing
 from orchestrator.paths import RootPaths, RunPaths
 from orchestrator.registry import EventLog
 from orchestrator.states import JobState
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from orchestrator.plan import Plan
     from orchestrator.spec import JobSpec
 
-OpenBackend: TypeAlias = Callable[[str], Backend]
 SpecLike: TypeAlias = "JobSpec | str | Path | Mapping[str, Any]"
 
 LOCK_DEADLINE_S = 90.0  # longer than one sbatch with its time-out: the other submitter finishes or fails first
@@ -104,9 +103,10 @@ def prepare(
 ) -> Request:
     """Load the spec, settle the root, hash the code. Writes nothing."""
     from orchestrator.operations.snapshot import hash_workspace
+    from orchestrator.spec import resolve_root
 
     loaded, spec_path = load(spec, overrides, root=root, environ=environ)
-    place = resolve_root(root, loaded.root, environ)
+    place = resolve_root(root or loaded.root, environ)
     snapshot = hash_workspace(loaded, spec_path=spec_path, root=place)
     return Request(loaded, place, snapshot)
 
@@ -276,11 +276,11 @@ def ask_or_raise(record: Record, open_backend: OpenBackend) -> Standing | None:
             f"whether {record.run_id} is still in the queue is not known: {silent[0]}",
             hint="try again when the scheduler answers; nothing was submitted",
         )
-    handle = record.submission.handle if record.submission else None
-    return resolve(record, asked.get(handle) if handle else None)
+    return stand(record, asked)
 
 
 def nothing_to_do(record: Record, standing: Standing | None) -> Submitted | None:
+    """The answer for a run that is under way or done; None when it has to be queued. RefusedError while it stops."""
     if standing is None or (record.tombstone and standing.state is not JobState.COMPLETED):
         return None if standing is None or not standing.alive else _refuse_stopping(record)
     if standing.state is JobState.COMPLETED:

@@ -87,7 +87,7 @@ def _build(
     problems = _resolve_paths(document, base_dir)
     if root or document.value.get("root") is None:
         document.drop(("root",))
-        document.value["root"] = str(resolve_root(root, None, environ, base_dir=base_dir))
+        document.value["root"] = str(resolve_root(root, environ, base_dir=base_dir))
     return _validated(document, problems)
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.paths import DEFAULT_ROOT
 from orchestrator.spec.problems import Place, Problem, did_you_mean, error_of, kind_of, shown
 
 if TYPE_CHECKING:
@@ -176,14 +177,7 @@ def _absolute(value: str, environ: Mapping[str, str]) -> str:
     return os.path.normpath(text)
 
 
-def resolve_root(
-    given: str | None, site: SiteProfile | None, environ: Mapping[str, str], *, base_dir: Path | None = None
-) -> Path:
-    """The root when no spec names one: `--root` (`given`), the site profile's, $ORCH_ROOT, orch_runs in `base_dir`."""
-    if given:
-        return Path(os.path.abspath(Path(given).expanduser()))  # noqa: PTH100 - resolve() would follow symlinks
-    if site is not None and site.root is not None:
-        return Path(site.root)
-    if environ.get("ORCH_ROOT"):
-        return Path(os.path.abspath(Path(environ["ORCH_ROOT"]).expanduser()))  # noqa: PTH100
-    return Path(os.path.abspath((base_dir or Path.cwd()) / "orch_runs"))  # noqa: PTH100
+def resolve_root(given: str | Path | None, environ: Mapping[str, str], *, base_dir: Path | None = None) -> Path:
+    """The root: `given` (`--root`, else what spec and site profile say), $ORCH_ROOT, orch_runs in `base_dir`."""
+    chosen = given or environ.get("ORCH_ROOT") or (base_dir or Path.cwd()) / DEFAULT_ROOT
+    return Path(os.path.abspath(Path(chosen).expanduser()))  # noqa: PTH100 - resolve() would follow symlinks

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NoReturn
 from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, open_store, take_over
 from orchestrator.errors import CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
-from orchestrator.paths import RunPaths
+from orchestrator.paths import DEFAULT_ROOT, RunPaths
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
@@ -106,7 +106,7 @@ def _standalone_run_id(environ: Mapping[str, str]) -> str:
 def _standalone_dir(environ: Mapping[str, str], run_id: str, default_dir: Path | None) -> Path:
     if default_dir is not None:
         return default_dir.absolute()
-    return (Path(environ.get("ORCH_ROOT", "orch_runs")) / "runs" / run_id).absolute()
+    return (Path(environ.get("ORCH_ROOT", DEFAULT_ROOT)) / "runs" / run_id).absolute()
 
 
 def _next_attempt(paths: RunPaths) -> int:
@@ -310,6 +310,7 @@ class Session:
             step=step,
             epoch=epoch,
             path=self.checkpoint_path(manifest),
+            size_bytes=manifest.size_bytes,
             seconds=round(time.monotonic() - started, 3),
         )
         if self._progress is not None:

@@ -17,6 +17,7 @@ from orchestrator.errors import (
     ContainerError,
     RefusedError,
     RegistryError,
+    RunNotFound,
     SchedulerUnavailable,
     SpecError,
 )
@@ -379,6 +380,15 @@ def test_the_root_is_remembered(world: World) -> None:
     memory = load_memory(world.environ)
     assert memory.runs[done.run_id] == str(world.root)
     assert memory.roots[0] == str(world.root)
+
+
+def test_a_colleagues_run_is_found_under_the_root_of_the_site(world: World, tmp_path: Path) -> None:
+    done = world.submit()
+    (tmp_path / "site.yaml").write_text(f"root: {world.root}\n")
+    environ = {"ORCH_STATE_DIR": str(tmp_path / "nothing-remembered"), "HOME": str(tmp_path)}
+    with pytest.raises(RunNotFound):
+        find_run(done.run_id, environ=environ)
+    assert find_run(done.run_id, environ={**environ, "ORCH_SITE_CONFIG": str(tmp_path / "site.yaml")}).run_dir.is_dir()
 
 
 def test_a_memory_that_cannot_be_written_is_a_warning(world: World, tmp_path: Path) -> None:

@@ -142,8 +142,6 @@ def test_problems_point_into_the_profile(tmp_path: Path) -> None:
 
 
 def test_root_without_a_spec(tmp_path: Path) -> None:
-    site = SiteProfile(root="/site")
-    assert resolve_root("/flag", site, {"ORCH_ROOT": "/env"}) == Path("/flag")
-    assert resolve_root(None, site, {"ORCH_ROOT": "/env"}) == Path("/site")
-    assert resolve_root(None, None, {"ORCH_ROOT": "/env"}) == Path("/env")
-    assert resolve_root(None, None, {}, base_dir=tmp_path) == tmp_path / "orch_runs"
+    assert resolve_root("/flag", {"ORCH_ROOT": "/env"}) == Path("/flag")
+    assert resolve_root(None, {"ORCH_ROOT": "/env"}) == Path("/env")
+    assert resolve_root(None, {}, base_dir=tmp_path) == tmp_path / "orch_runs"
