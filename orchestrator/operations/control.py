@@ -16,7 +16,7 @@ from orchestrator.operations.describe import OpenBackend, ask_schedulers, stand
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Cancelled, Signalled, Submitted
 from orchestrator.operations.roots import find_run, known_roots, run_names
-from orchestrator.operations.state import Standing, resolve
+from orchestrator.operations.state import Standing
 from orchestrator.operations.submission import (
     ask_or_raise,
     check,
@@ -60,7 +60,7 @@ def cancel(run: str, *, root: str | Path | None = None, open_backend: OpenBacken
 
 
 def _stop(record: Record, before: Standing, open_backend: OpenBackend) -> Cancelled:
-    handle = record.submission.handle if record.submission else None
+    handle = record.handle
     running = False
     if before.alive:
         _must_be_here(record, "cancel")
@@ -111,7 +111,7 @@ def preempt(
     """The drill: send the run's preemption signal to its agents. Does not wait. Raises BackendError if not running."""
     paths = find_run(run, root)
     record = load_record(paths)
-    handle = record.submission.handle if record.submission else None
+    handle = record.handle
     asked, silent = ask_schedulers([record], open_backend)
     standing = stand(record, asked)
     if handle is None or standing.state is not JobState.RUNNING:
@@ -256,7 +256,5 @@ def resume_all(
 
 
 def _standing(record: Record, open_backend: OpenBackend) -> Standing:
-    asked, silent = ask_schedulers([record], open_backend)
-    if silent:
-        return resolve(record, None)
+    asked, _ = ask_schedulers([record], open_backend)
     return stand(record, asked)

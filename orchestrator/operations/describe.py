@@ -42,7 +42,7 @@ def ask_schedulers(records: Iterable[Record], open_backend: OpenBackend = open_b
     """One poll per backend for all runs the files do not settle, and the words of those that gave no answer."""
     by_backend: dict[str, list[JobHandle]] = {}
     for record in records:
-        handle = record.submission.handle if record.submission else None
+        handle = record.handle
         if handle is not None and not is_settled(record):
             by_backend.setdefault(handle.backend, []).append(handle)
     answers: Asked = {}
@@ -57,15 +57,14 @@ def ask_schedulers(records: Iterable[Record], open_backend: OpenBackend = open_b
 
 def stand(record: Record, asked: Asked) -> Standing:
     """State of one run after the schedulers were asked."""
-    handle = record.submission.handle if record.submission else None
-    return resolve(record, asked.get(handle) if handle else None)
+    return resolve(record, asked.get(record.handle) if record.handle else None)
 
 
 def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunStatus:
     """Everything known about one run."""
     standing = stand(record, asked)
     attempts = _attempts(record, standing)
-    handle = record.submission.handle if record.submission else None
+    handle = record.handle
     job = asked.get(handle) if handle else None
     return RunStatus(
         run_id=record.run_id,
@@ -85,8 +84,6 @@ def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunS
         resumed_from=_resumed_from(record),
         attempts=attempts,
         events=record.events,
-        hparams=dict(record.sidecar.get("hparams") or {}),
-        summary=dict(record.sidecar.get("summary") or {}),
         warnings=(*warnings, *record.problems),
     )
 
@@ -111,9 +108,8 @@ def _last_checkpoint(record: Record) -> CheckpointRef | None:
     event = record.newest("checkpoint_committed")
     if event is None or _integer(event.get("step")) is None:
         return None
-    path = event.get("path") or event.get("checkpoint")
-    size = _integer(event.get("size") or event.get("bytes") or event.get("size_bytes"))
-    return CheckpointRef(int(event["step"]), None if path is None else str(path), _float(event.get("time")), size)
+    path, size_bytes = event.get("path"), _integer(event.get("size_bytes"))
+    return CheckpointRef(int(event["step"]), None if path is None else str(path), _float(event.get("time")), size_bytes)
 
 
 def _resumed_from(record: Record) -> dict[str, Any] | None:
@@ -124,7 +120,7 @@ def _resumed_from(record: Record) -> dict[str, Any] | None:
     return {
         "step": event["step"],
         "attempt": event.get("from_attempt"),
-        "path": event.get("path") or event.get("checkpoint"),
+        "path": event.get("checkpoint"),
         "skipped": list(event.get("skipped") or ()),
     }
 

@@ -53,6 +53,11 @@ class Record:
         return self.paths.run_dir.name
 
     @property
+    def handle(self) -> JobHandle | None:
+        """The job of the newest submission; None while there is none, or its id is not known."""
+        return None if self.submission is None else self.submission.handle
+
+    @property
     def attempts(self) -> list[dict[str, Any]]:
         """Attempts as the agent of node 0 wrote them, oldest first."""
         return list(self.sidecar.get("attempts") or ())

@@ -105,8 +105,6 @@ class RunStatus:
     resumed_from: dict[str, Any] | None
     attempts: tuple[Attempt, ...]
     events: tuple[dict[str, Any], ...]
-    hparams: dict[str, Any]
-    summary: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
     @property
