@@ -162,7 +162,8 @@ def _by_beginning(name: str, roots: list[Path]) -> RunPaths:
 def run_names(root: Path) -> list[str]:
     """Ids of the runs under a root, unsorted; cheap enough for shell completion."""
     try:
-        return [entry.name for entry in os.scandir(RootPaths(root).runs) if not entry.name.startswith(".")]
+        with os.scandir(RootPaths(root).runs) as entries:
+            return [entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir()]
     except FileNotFoundError:
         return []
     except OSError as error:

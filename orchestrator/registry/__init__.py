@@ -3,7 +3,7 @@
 from orchestrator.registry.events import EventLog, read_events
 from orchestrator.registry.metrics import MetricRow, MetricsLog, iter_metrics
 from orchestrator.registry.progress import HeartbeatThread, ProgressWriter
-from orchestrator.registry.runs import RunView, list_runs, load_run
+from orchestrator.registry.runs import RunView, load_run
 from orchestrator.registry.sidecar import SidecarWriter, load_sidecar
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "RunView",
     "SidecarWriter",
     "iter_metrics",
-    "list_runs",
     "load_run",
     "load_sidecar",
     "read_events",

@@ -21,7 +21,7 @@ from orchestrator.errors import (
     SchedulerUnavailable,
     SpecError,
 )
-from orchestrator.operations.roots import find_run, load_memory, locked
+from orchestrator.operations.roots import find_run, load_memory, locked, run_names
 from orchestrator.plan import Plan
 from orchestrator.registry import read_events
 from orchestrator.states import JobState
@@ -380,6 +380,16 @@ def test_the_root_is_remembered(world: World) -> None:
     memory = load_memory(world.environ)
     assert memory.runs[done.run_id] == str(world.root)
     assert memory.roots[0] == str(world.root)
+
+
+def test_what_is_no_directory_is_no_run(tmp_path: Path) -> None:
+    assert run_names(tmp_path) == []
+    for name in ("a-2", ".tmp"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "runs" / "stray.txt").touch()
+    assert run_names(tmp_path) == ["a-2"]
+    with pytest.raises(RegistryError):
+        run_names(tmp_path / "runs" / "stray.txt")
 
 
 def test_a_colleagues_run_is_found_under_the_root_of_the_site(world: World, tmp_path: Path) -> None:
