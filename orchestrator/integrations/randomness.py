@@ -10,8 +10,7 @@ import hashlib
 import random
 import signal
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -45,18 +44,6 @@ def seed_everything(*parts: int | str) -> None:
 def seed_step(seed: int, *, epoch: int, batch: int, rank: int, purpose: str = "step") -> None:
     """Seed everything one training step draws. `batch` and not the step number: that is constant while accumulating."""
     seed_everything(seed, purpose, epoch, batch, rank)
-
-
-@contextmanager
-def seeded_torch(*parts: int | str) -> Iterator[None]:
-    """Draw from a CPU generator seeded with `parts`; its state is put back afterwards."""
-    generator = torch.default_generator
-    state = generator.get_state()
-    generator.manual_seed(derive_key(*parts))
-    try:
-        yield
-    finally:
-        generator.set_state(state)
 
 
 class _MapDataset(Protocol[Item]):

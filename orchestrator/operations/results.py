@@ -1,4 +1,4 @@
-"""What the operations return: frozen dataclasses; `as_json()` is the document that `--json` prints (issue, item 4)."""
+"""What the operations return: frozen dataclasses; `as_json()` is the document that `--json` prints (docs/cli.md)."""
 
 from __future__ import annotations
 
