@@ -621,6 +621,19 @@ class JobSpec(_Section):
         return value
 
     @model_validator(mode="after")
+    def _the_notice_leaves_time_to_work(self) -> JobSpec:
+        time, lead = self.resources.time, self.preemption.lead_time
+        if self.backend == "slurm" and time is not None and time <= lead:
+            raise Refusal(
+                (
+                    ("resources", "time"),
+                    f"{time} is not longer than preemption.lead_time ({lead}): every attempt would be told to stop at "
+                    "its start; ask for more time, or set a shorter lead_time",
+                )
+            )
+        return self
+
+    @model_validator(mode="after")
     def _secrets_are_not_in_env(self) -> JobSpec:
         both = [
             (("env", name), "is listed in secrets too; a secret's value must not be in the spec")

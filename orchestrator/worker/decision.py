@@ -32,6 +32,7 @@ class Evidence:
     failures: Sequence[Mapping[str, Any]]  # verdicts of failing ranks and nodes
     node_codes: Mapping[int, int]  # exit code of PID 1 by node, from the agents' own records
     nodes: int  # how many agents there should have been
+    started: bool  # the agent of node 0 came up
     cause: ExitReason | None  # why the scheduler stopped it; None = it was not stopped
     scheduler_silent: bool = False  # it was stopped, and nobody could say why
 
@@ -44,6 +45,7 @@ class Outcome:
     message: str
     step: int | None
     saved: bool
+    final: bool = False  # the program asked never to be restarted
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,10 @@ def judge(evidence: Evidence) -> Outcome:
         return outcome(ExitReason.COMPLETED)
     if evidence.tombstone or evidence.cause is ExitReason.CANCELLED:
         return outcome(ExitReason.CANCELLED)
+    codes = set(evidence.node_codes.values())
+    if ExitCode.NEVER_RESTART in codes:
+        message = f"the program asked never to be restarted (exit code {ExitCode.NEVER_RESTART:d})"
+        return Outcome(ExitReason.FAILURE, message, step, False, final=True)
     failure = _worst_failure(evidence)
     if failure is not None:
         return Outcome(_failure_reason(failure), str(failure.get("message") or "the program failed"), step, False)
@@ -82,7 +88,11 @@ def judge(evidence: Evidence) -> Outcome:
     if said == "unsaved":
         return outcome(ExitReason.DEADLINE_MISSED, str(verdict.get("message") or "") if verdict is not None else "")
     if evidence.cause is not None or evidence.scheduler_silent:
-        return outcome(cause, f"{cause.message}; the program saved nothing before it ended")
+        return outcome(cause, f"{cause.message}; the program did not say that it has saved anything")
+    if ExitCode.SAVED in codes and codes <= {ExitCode.DONE, ExitCode.SAVED}:
+        return outcome(cause, f"the program asked to be started again (exit code {ExitCode.SAVED:d})")
+    if not evidence.started:
+        return outcome(ExitReason.LAUNCH_FAILURE, "the agent never came up; logs/batch.log says why")
     if len(evidence.node_codes) < evidence.nodes:
         return outcome(ExitReason.NODE_FAILURE, "an agent ended without a record: its node was lost, or it was killed")
     return outcome(ExitReason.FAILURE, f"the program ended with exit code {max(evidence.node_codes.values())}")
@@ -120,7 +130,7 @@ def decide(
     """
     reason = outcome.reason
     cap_name = reason.retry
-    if cap_name is None:
+    if cap_name is None or outcome.final:
         return Decision(False, reason.state, reason, outcome.message)
     if silent:
         message = f"{outcome.message}; the scheduler did not say why it stopped the job, so it was not requeued"

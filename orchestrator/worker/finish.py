@@ -167,6 +167,7 @@ class AttemptBook:
             failures=[read_json(path) for path in failures],
             node_codes=codes,
             nodes=self.orders["nodes"],
+            started=any(e["event"] == "attempt_started" for e in events),
             cause=cause,
             scheduler_silent=signalled and cause is None and not ended_well,
         )

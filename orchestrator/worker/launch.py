@@ -239,6 +239,9 @@ class Launch:
             return SAVED
         if outcome == "failed" and code == 0:
             return 1
+        if outcome is None and code == 0 and self.told:
+            # A program without our library that handled the signal and left with 0 has stopped, not finished.
+            return SAVED
         return code
 
     @staticmethod

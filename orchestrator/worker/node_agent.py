@@ -25,6 +25,7 @@ from orchestrator.worker.node import NodeDirectory, node_root
 from orchestrator.worker.scheduler import Notice, Scheduler
 
 _TICK_S = 0.1
+_NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what a shell says, and what PID 1 says of a program it cannot start
 _PEER_LOOK_S = 2.0
 _PEER_GRACE_S = 10.0  # for the ranks here to say themselves why they failed
 _DEADLINE_SLACK_S = 3.0  # PID 1 ends what is left so long after the deadline …
@@ -323,9 +324,12 @@ def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:
 def run_node(agent: NodeAgent) -> int:
     """Run and leave a record, whatever happens: PID 1's exit code, or 1 with a verdict that says why it never ran."""
     place, paths = agent.place, agent.paths
-    message, reason = "", None
+    message = ""
+    reason: str | None = None
     try:
         code = agent.run()
+        if code in (_NOT_EXECUTABLE, _NOT_FOUND):
+            reason = ExitReason.LAUNCH_FAILURE.value
         message = f"node {place.node_name}: the program ended with exit code {code}{last_words(paths, place)}"
     except (OrchError, OSError) as error:
         code, message = 1, str(error)
@@ -337,8 +341,13 @@ def run_node(agent: NodeAgent) -> int:
         with paths.node_log(place.attempt, place.node).open("a") as log:
             log.write(f"orch: {message}\n")
     if code not in (ExitCode.DONE, ExitCode.SAVED):
-        outcome = "fenced" if code == ExitCode.NEVER_RESTART else "failed"
-        verdict = {"outcome": outcome, "reason": reason, "node": place.node_name, "exit_code": code, "message": message}
+        verdict = {
+            "outcome": "failed",
+            "reason": reason,
+            "node": place.node_name,
+            "exit_code": code,
+            "message": message,
+        }
         write_json(paths.node_verdict(place.attempt, place.node), {**verdict, "time": time.time()})
     agent.events.append("verdict", attempt=place.attempt, node=place.node, exit_code=code, message=message)
     return code

@@ -411,3 +411,11 @@ def test_reading_a_site_profile_needs_no_pydantic() -> None:
     code += "print('pydantic' in sys.modules, 'yaml' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False False\n"
+
+
+def test_a_time_limit_within_the_lead_time_is_refused() -> None:
+    base = {"name": "run", "backend": "slurm", "job": {"module": "m"}}
+    with pytest.raises(SpecError, match=r"resources\.time.*told to stop at its start"):
+        parse_spec({**base, "resources": {"time": "00:02:00"}})
+    assert parse_spec({**base, "resources": {"time": "00:02:00"}, "preemption": {"lead_time": "30s"}})
+    assert parse_spec({**base, "backend": "local", "resources": {"time": "00:02:00"}})

@@ -19,6 +19,7 @@ def evidence(**changes: Any) -> Evidence:
         "failures": (),
         "node_codes": {0: 0},
         "nodes": 1,
+        "started": True,
         "cause": None,
         "scheduler_silent": False,
     }
@@ -59,6 +60,13 @@ def verdict(outcome: str, **changes: Any) -> dict[str, Any]:
         (evidence(node_codes={0: 1}), ExitReason.FAILURE),
         (evidence(node_codes={0: 137}, cause=ExitReason.PREEMPTED), ExitReason.PREEMPTED),
         (evidence(node_codes={}, nodes=1), ExitReason.NODE_FAILURE),
+        (evidence(node_codes={}, nodes=1, started=False), ExitReason.LAUNCH_FAILURE),
+        (evidence(node_codes={}, nodes=1, started=False, cause=ExitReason.PREEMPTED), ExitReason.PREEMPTED),
+        # A program without our library speaks by its exit code.
+        (evidence(node_codes={0: 75}), ExitReason.PREEMPTED),
+        (evidence(node_codes={0: 75}, cause=ExitReason.TIME_LIMIT), ExitReason.TIME_LIMIT),
+        (evidence(node_codes={0: 75, 1: 1}, nodes=2), ExitReason.FAILURE),
+        (evidence(node_codes={0: 93}, cause=ExitReason.PREEMPTED), ExitReason.FAILURE),
         (evidence(node_codes={0: 0}, nodes=2), ExitReason.NODE_FAILURE),
         (
             evidence(verdict=verdict("failed", reason="checkpoint_failure"), node_codes={0: 1}),
@@ -79,7 +87,7 @@ def test_the_first_failing_rank_is_quoted() -> None:
 
 
 def test_an_unsaved_stop_says_so() -> None:
-    assert "saved nothing" in judge(evidence(node_codes={0: 137}, cause=ExitReason.PREEMPTED)).message
+    assert "did not say that it has saved" in judge(evidence(node_codes={0: 137}, cause=ExitReason.PREEMPTED)).message
 
 
 @pytest.mark.parametrize("reason", list(ExitReason))
@@ -115,6 +123,11 @@ def test_a_crash_loop_ends_although_its_cap_is_not_spent() -> None:
         decide(Outcome(ExitReason.FAILURE, "m", 0, False), attempts=stuck, caps=caps).reason is ExitReason.NO_PROGRESS
     )
     assert decide(Outcome(ExitReason.FAILURE, "m", 0, False), attempts=moving, caps=caps).requeue
+
+
+def test_a_program_that_asks_never_to_be_restarted_is_not() -> None:
+    outcome = judge(evidence(node_codes={0: 93}))
+    assert not decide(outcome, attempts=attempts(ExitReason.FAILURE), caps={**CAPS, "failure": 9}).requeue
 
 
 def test_preemptions_never_count_as_a_crash_loop() -> None:

@@ -114,6 +114,13 @@ def test_without_a_verdict_the_program_speaks_for_itself(node: Node) -> None:
     assert node.exit_code() == 7
 
 
+def test_a_signalled_program_that_leaves_with_0_has_not_finished(node: Node) -> None:
+    node.start(python(PATIENT + "\nos.unlink(sys.argv[1])", str(node.verdict), "saved"))
+    node.ready()
+    node.order(b"U")
+    assert node.exit_code() == 75
+
+
 def test_a_death_by_signal_is_128_plus_its_number(node: Node) -> None:
     node.start(python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"))
     assert node.exit_code() == 128 + signal.SIGSEGV
