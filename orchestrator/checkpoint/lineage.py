@@ -48,6 +48,7 @@ class Fence:
 
     @property
     def file_name(self) -> str:
+        """Name of the file whose exclusive creation is the claim."""
         return fence_name(self.epoch)
 
     @property
@@ -74,6 +75,7 @@ class Fence:
 
 
 def fence_name(epoch: int) -> str:
+    """File name of an epoch's fence (pure)."""
     return f"epoch-{epoch:04d}.json"
 
 

@@ -54,14 +54,17 @@ class CheckpointName:
 
     @property
     def stem(self) -> str:
+        """What the names of all its files begin with (before a dot)."""
         return f"step-{self.step:09d}.e{self.fence_epoch:04d}.{self.nonce}"
 
     @property
     def data(self) -> str:
+        """File name of the state."""
         return self.stem + DATA_SUFFIX
 
     @property
     def manifest(self) -> str:
+        """File name of the manifest."""
         return self.stem + MANIFEST_SUFFIX
 
 
@@ -94,6 +97,7 @@ class Manifest:
 
     @property
     def name(self) -> CheckpointName:
+        """What its files are called; follows from its fields."""
         return CheckpointName(self.step, self.fence_epoch, self.nonce)
 
     @property
@@ -103,6 +107,7 @@ class Manifest:
 
     @property
     def size_bytes(self) -> int:
+        """Of all its data files together."""
         return sum(entry.size for entry in self.files)
 
     @property

@@ -45,7 +45,7 @@ def cancel(run: str, *, root: str | Path | None = None, open_backend: OpenBacken
     paths = find_run(run, root)
     with translated(paths.run_dir):
         record = load_record(paths)
-        if record.submission is not None and record.submission.job_id is None:
+        if record.interrupted:
             record = reconcile(record, open_backend)
         asked, _ = ask_schedulers([record], open_backend)
         before = stand(record, asked)
@@ -172,7 +172,7 @@ def resume(
     with translated(paths.run_dir), run_lock(paths):
         spec = _changed_spec(paths, plan, tuple(overrides), environ)
         record = load_record(paths)
-        interrupted = record.submission is not None and record.submission.job_id is None
+        interrupted = record.interrupted
         if interrupted:
             record = reconcile(record, open_backend)
         if record.tombstone:

@@ -30,6 +30,7 @@ class Submission:
 
     @property
     def handle(self) -> JobHandle | None:
+        """The job, once its id is known."""
         return None if self.job_id is None else JobHandle(self.backend, self.job_id)
 
 
@@ -56,6 +57,11 @@ class Record:
     def handle(self) -> JobHandle | None:
         """The job of the newest submission; None while there is none, or its id is not known."""
         return None if self.submission is None else self.submission.handle
+
+    @property
+    def interrupted(self) -> bool:
+        """True when a submitter died (or still waits) between its intent and the job id: the token may be queued."""
+        return self.submission is not None and self.submission.job_id is None
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
@@ -92,6 +98,7 @@ class Record:
 
     @property
     def heartbeat_fresh(self) -> bool:
+        """True while rank 0 has given a sign of life lately."""
         return self.heartbeat_age_s is not None and self.heartbeat_age_s < HEARTBEAT_FRESH_S
 
     def newest(self, kind: str) -> dict[str, Any] | None:

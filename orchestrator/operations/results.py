@@ -109,6 +109,7 @@ class RunStatus:
 
     @property
     def succeeded(self) -> bool:
+        """True only for a run that is done: what `wait` and `--follow` make their exit code of."""
         return self.state is JobState.COMPLETED
 
     def as_json(self) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def _submit_locked(
 ) -> Submitted:
     record = load_record(paths)
     backend = open_backend(request.spec.backend)
-    interrupted = record.submission is not None and record.submission.job_id is None
+    interrupted = record.interrupted
     if interrupted:
         record = reconcile(record, open_backend)
     standing = ask_or_raise(record, open_backend)
@@ -241,7 +241,7 @@ def _submit_locked(
     if standing is not None and standing.state is JobState.CANCELLED:
         raise RefusedError(
             f"{record.run_id} was cancelled",
-            hint=f"`orch resume {record.run_id}` lifts that and goes on; a fresh copy: --new",
+            hint=f"`orch resume {record.run_id}` lifts that and goes on; a fresh copy: orch submit --new",
         )
     if standing is not None:
         check(request.spec, environ)

@@ -18,6 +18,8 @@ _HEADER = ",".join(COLUMNS) + "\n"
 
 
 class MetricRow(NamedTuple):
+    """One logged number; `step` counts completed optimizer steps."""
+
     step: int
     epoch: int
     name: str
