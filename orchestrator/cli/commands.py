@@ -131,7 +131,7 @@ def _submitted_lines(result: Submitted) -> list[out.Line]:
         where += [f"step {out.count(result.step)}"] if result.step is not None else []
         known = result.action.removeprefix("already_")
         detail = f" ({', '.join(where)})" if where else ""
-        return [[run, (f"  is already {known}{detail}. Nothing was submitted. A fresh copy: --new", "")]]
+        return [[run, (f"  is already {known}{detail}. Nothing was submitted. A fresh copy: orch submit --new", "")]]
     where_to = f"to Slurm as {result.job_id}" if result.backend == "slurm" else f"on this machine as {result.job_id}"
     verb = "submitted" if result.action == "submitted" else "goes on: submitted"
     summary = f" ({result.summary})" if result.summary else ""

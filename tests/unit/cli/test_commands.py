@@ -198,7 +198,7 @@ def test_submitting_what_is_done_says_so(cli: Cli, world: World) -> None:
     run = world.ended("completed", "completed", step=9)
     said = cli("submit", world.spec)
     assert said.code == 0
-    assert said.out == f"{run}  is already completed. Nothing was submitted. A fresh copy: --new\n"
+    assert said.out == f"{run}  is already completed. Nothing was submitted. A fresh copy: orch submit --new\n"
     assert cli("submit", world.spec, "--json").document["action"] == "already_completed"
 
 
