@@ -5,6 +5,7 @@
 Each run is a real one on the local backend: torchrun, two ranks that agree on every step, a stop at a random moment.
 Both figures are ratios to a budget of the same run: two of its steps plus its save plus 0.5 s; and 3 s.
 """
+
 from __future__ import annotations
 
 import argparse
