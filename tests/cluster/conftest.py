@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.handle import Cluster
+from tests.cluster.orch import Orch
 from tests.cluster.requirements import why_not
 
 
@@ -41,6 +42,12 @@ def cluster(cluster_session: Cluster) -> Iterator[Cluster]:
     """An idle cluster with slurmdbd, dockerd and the image; the test's jobs and containers are removed after it."""
     yield cluster_session
     cluster_session.tidy()
+
+
+@pytest.fixture
+def orch(cluster: Cluster, tmp_path: Path) -> Orch:
+    """The command line against the cluster, with a root of this test's own."""
+    return Orch(cluster, tmp_path)
 
 
 @pytest.fixture(scope="session")

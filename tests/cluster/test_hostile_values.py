@@ -43,11 +43,6 @@ while not (out.parent / "go-on").exists() and time.monotonic() < until:
 """
 
 
-@pytest.fixture
-def orch(cluster: Cluster, tmp_path: Path) -> Orch:
-    return Orch(cluster, tmp_path)
-
-
 def hostile_spec(orch: Orch, runtime: str) -> dict[str, Any]:
     container: dict[str, Any] = {"runtime": "none"}
     targets: list[str] = []

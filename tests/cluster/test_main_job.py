@@ -38,11 +38,6 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.fixture
-def orch(cluster: Cluster, tmp_path: Path) -> Orch:
-    return Orch(cluster, tmp_path)
-
-
 def main_job(
     cluster: Cluster, digits: Path, workspace: Path, *, nodes: int, nproc: int, runtime: str
 ) -> dict[str, Any]:
