@@ -47,8 +47,8 @@ def assert_at_most_every_steps_lost(orch: Orch, run: str) -> None:
     assert 0 <= repeated <= EVERY_STEPS
 
 
-def process(marker: str) -> int:
-    """pid of the one Python process whose command line contains `marker` (srun carries the agent's, too)."""
+def pythons(marker: str) -> list[int]:
+    """pids of the Python processes whose command line contains `marker` (srun carries the agent's, too)."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -57,12 +57,17 @@ def process(marker: str) -> int:
                 found.append(int(path.parent.name))
         except (FileNotFoundError, ProcessLookupError):  # it has just ended
             continue
-    assert len(found) == 1, found
-    return found[0]
+    return found
+
+
+def programs_of(run: str) -> list[int]:
+    """PID 1, torchrun and the ranks of a run, in a container or not."""
+    return pythons(f"/orch-{os.getuid()}/{run}.") + pythons("train.py")
 
 
 def agent_of(orch: Orch, run: str) -> int:
-    return process(f"orchestrator.worker.agent node {orch.run_dir(run)}")
+    (pid,) = pythons(f"orchestrator.worker.agent node {orch.run_dir(run)}")
+    return pid
 
 
 @pytest.mark.parametrize("runtime", ["none", "docker"])
@@ -115,21 +120,16 @@ def kill_agent(orch: Orch, run: str) -> None:
     os.kill(agent_of(orch, run), signal.SIGKILL)
 
 
-def kill_slurmstepd(orch: Orch, run: str) -> None:
-    parent = Path(f"/proc/{agent_of(orch, run)}/stat").read_text().rpartition(")")[2].split()[1]
-    assert Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd")
-    os.kill(int(parent), signal.SIGKILL)
-
-
 def kill_pid_1(orch: Orch, run: str) -> None:
     if containers := orch.cluster.containers():
         orch.cluster.run("docker", "kill", *containers)
     else:
-        os.kill(process(f"launch.py /dev/shm/orch-0/{run}"), signal.SIGKILL)
+        (pid,) = pythons(f"launch.py /dev/shm/orch-{os.getuid()}/{run}.")
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.parametrize("runtime", ["none", "docker"])
-@pytest.mark.parametrize("kill", [kill_agent, kill_slurmstepd, kill_pid_1])
+@pytest.mark.parametrize("kill", [kill_agent, kill_pid_1])
 def test_a_killed_supervisor_leaves_no_writer_behind_and_loses_at_most_every_steps(
     orch: Orch, cluster: Cluster, runtime: str, kill: Callable[[Orch, str], None]
 ) -> None:
@@ -141,6 +141,24 @@ def test_a_killed_supervisor_leaves_no_writer_behind_and_loses_at_most_every_ste
     # Lines of the two attempts never mix: the first had ended before the second began.
     numbers = [number for number, _, _ in said(orch, run)]
     assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("runtime", ["none", "docker"])
+def test_nobody_writes_after_slurmstepd_was_killed(orch: Orch, cluster: Cluster, runtime: str) -> None:
+    """srun never hears of it and holds the allocation until the time limit; but no program runs on unsupervised."""
+    run = orch.submit(spec_for(orch, runtime))["run_id"]
+    orch.wait_for_step(run, EVERY_STEPS + 5)
+    agent = agent_of(orch, run)
+    parent = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1]
+    assert Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd")
+    os.kill(int(parent), signal.SIGKILL)
+    cluster.wait("the agent to die", lambda: not Path(f"/proc/{agent}").exists(), timeout=10)
+    cluster.wait("the program to die", lambda: programs_of(run) == [], timeout=10)
+    orch.json("cancel", run)
+    orch.wait_for_state(run, "cancelled", timeout=60)
+    orch.json("resume", run)
+    finish(orch, run, attempts=2)
+    assert_at_most_every_steps_lost(orch, run)
 
 
 def test_a_silent_scheduler_leaves_the_run_saved_and_waiting(orch: Orch, cluster: Cluster) -> None:
