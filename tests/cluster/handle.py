@@ -185,11 +185,21 @@ class Cluster:
         """Start a daemon that was stopped and wait until it answers."""
         self._ask(op="start", name=daemon)
 
+    def configure(self, *settings: str) -> None:
+        """Run with these lines of slurm.conf instead of the defaults of the same name, until `tidy`.
+
+        A partition is one line: its name and all it has. Slurm's daemons start again (2 s); jobs run on.
+        """
+        self._ask(op="configure", changes=settings)
+
     def tidy(self) -> None:
-        """Bring the cluster back to idle: daemons up, queue empty, nodes usable, no container left."""
-        for name, pid in self._ask(op="status")["pids"].items():
-            if pid is None:
+        """Bring the cluster back to idle: default settings, daemons up, queue empty, nodes usable, no containers."""
+        status = self._ask(op="status")
+        for name, pid in status["pids"].items():
+            if pid is None and not (status["changes"] and name in ("slurmctld", *self.nodes)):
                 self.start_daemon(name)
+        if status["changes"]:
+            self.configure()
         ids = self.run("squeue", "--noheader", "--format=%A").stdout.split()
         if ids:
             self.run("scancel", *ids, timeout=60, check=False)  # one that ends by itself meanwhile is no failure

@@ -56,11 +56,11 @@ def free_port(taken: set[int]) -> int:
     raise ClusterError("no free loopback port between 20000 and 32000")
 
 
-def accepts(port: int) -> bool:
+def accepts(port: int, address: str = "127.0.0.1") -> bool:
     """True when something on loopback accepts a TCP connection on `port`."""
     with socket.socket() as probe:
         probe.settimeout(1)
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((address, port)) == 0
 
 
 def tail(path: Path, lines: int = 15) -> str:

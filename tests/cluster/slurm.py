@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.cluster.service import Service, free_port
+from tests.cluster.service import Service, accepts, call, free_port
 
 NODES = ("n1", "n2", "n3")
 CPUS = 8
@@ -50,9 +51,11 @@ GresTypes=gpu
 {nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 PreemptMode=REQUEUE GraceTime=20 MaxTime=INFINITE State=UP
 PartitionName=nograce Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=0 MaxTime=INFINITE State=UP
+PartitionName=cancel Nodes=ALL PriorityTier=1 PreemptMode=CANCEL GraceTime=20 MaxTime=INFINITE State=UP
 PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=INFINITE State=UP
-{extra}
 """
+# Used once a test sets PreemptType=preempt/qos; jobs of `low` have the grace of the partition of that name.
+_QOS = (["low", "GraceTime=20"], ["urgent", "Preempt=low"])
 
 
 def start_munge(directory: Path, env: Mapping[str, str]) -> Service:
@@ -82,18 +85,13 @@ def munge_socket(directory: Path) -> Path:
     return directory / "munge" / "socket"
 
 
-def write_conf(directory: Path, *, ports: set[int], dbd_port: int | None, extra: str = "") -> Path:
-    """slurm.conf and gres.conf; returns the path that belongs into SLURM_CONF."""
+def default_settings(directory: Path, *, ports: set[int], dbd_port: int | None) -> dict[str, str]:
+    """The lines of slurm.conf by what they set, in order."""
     host = socket.gethostname().partition(".")[0]
-    gpus = [directory / "gpu" / f"fake{i}" for i in range(GPUS)]
-    gpus[0].parent.mkdir()
-    for file in gpus:
-        file.touch()  # a gres count without device files is refused
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.{index} Port={free_port(ports)} CPUs={CPUS} "
+        f"NodeName={name} NodeHostname={host} NodeAddr={_address(name)} Port={free_port(ports)} CPUs={CPUS} "
         f"RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN"
-        # An address each: torchrun knows its peers by address and pid, and in two containers both can be alike.
-        for index, name in enumerate(NODES, start=2)
+        for name in NODES
     )
     accounting = "AccountingStorageType=accounting_storage/none"
     if dbd_port is not None:
@@ -103,18 +101,48 @@ def write_conf(directory: Path, *, ports: set[int], dbd_port: int | None, extra:
             # Connections to slurmdbd ignore AuthInfo and look for munge's default socket unless this names it.
             f"AccountingStoragePass={munge_socket(directory)}\nJobAcctGatherType=jobacct_gather/linux"
         )
-    conf = directory / "slurm.conf"
-    conf.write_text(
-        _CONF.format(
-            host=host, ctld_port=free_port(ports), munge_socket=munge_socket(directory), dir=directory,
-            accounting=accounting, nodes=nodes, extra=extra,
-        )
+    text = _CONF.format(
+        host=host, ctld_port=free_port(ports), munge_socket=munge_socket(directory), dir=directory,
+        accounting=accounting, nodes=nodes,
     )  # fmt: skip
+    return by_name(line for line in text.splitlines() if not line.startswith("#"))
+
+
+def by_name(settings: Iterable[str]) -> dict[str, str]:
+    """`KillWait=5` under `KillWait`; a node or partition with all it has is one setting (`PartitionName=low`)."""
+    return {re.match(r"(NodeName|PartitionName)=\S+|[^=]*", line)[0]: line for line in settings}  # type: ignore[index]
+
+
+def write_conf(directory: Path, settings: Mapping[str, str]) -> None:
+    """slurm.conf."""
+    (directory / "slurm.conf").write_text("".join(f"{line}\n" for line in settings.values()))
+
+
+def prepare(directory: Path) -> None:
+    """What the daemons want to find beside slurm.conf."""
+    gpus = [directory / "gpu" / f"fake{i}" for i in range(GPUS)]
+    gpus[0].parent.mkdir()
+    for file in gpus:
+        file.touch()  # a gres count without device files is refused
     (directory / "gres.conf").write_text(
         f"NodeName={','.join(NODES)} Name=gpu File={directory}/gpu/fake[0-{GPUS - 1}]\n"
     )
     (directory / "state").mkdir()
-    return conf
+
+
+def register(env: Mapping[str, str]) -> None:
+    """Tell slurmdbd of the cluster and of the two QOS `low` and `urgent`, which root may use."""
+    for words in (
+        ["add", "cluster", "orchtest"],
+        *(["add", "qos", *words] for words in _QOS),
+        ["modify", "user", "root", "set", f"qos+={','.join(name for name, _ in _QOS)}"],
+    ):
+        call(["sacctmgr", "--immediate", *words], env=env, timeout=30)
+
+
+def _address(node: str) -> str:
+    """An address each: torchrun knows its peers by address and pid, and in two containers both can be alike."""
+    return f"127.0.0.{NODES.index(node) + 2}"
 
 
 def controller(directory: Path, env: Mapping[str, str]) -> Service:
@@ -128,16 +156,19 @@ def controller(directory: Path, env: Mapping[str, str]) -> Service:
     )
 
 
-def node(directory: Path, name: str, env: Mapping[str, str]) -> Service:
-    """slurmd of one virtual node; ready when the controller lists it as idle or in use."""
+def node(directory: Path, name: str, env: Mapping[str, str], *, settings: Mapping[str, str]) -> Service:
+    """slurmd of one virtual node; ready when it listens and the controller lists it as idle or in use."""
     (directory / f"spool.{name}").mkdir(mode=0o755, exist_ok=True)
+    port = int(settings[f"NodeName={name}"].partition(" Port=")[2].split()[0])
     return Service(
         name=name,
         argv=["slurmd", "-D", "-N", name],
         env=env,
         log=directory / "log" / f"{name}.out",
         ready=lambda: (
-            _output(["sinfo", "-h", "-n", name, "-o", "%t"], env).split()[:1]
+            # A controller that was restarted lists its nodes as it left them, whether they are there or not.
+            accepts(port, _address(name))
+            and _output(["sinfo", "-h", "-n", name, "-o", "%t"], env).split()[:1]
             in (["idle"], ["mix"], ["alloc"], ["comp"])
         ),
         timeout=60,

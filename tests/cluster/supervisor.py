@@ -1,7 +1,7 @@
 """The process that owns the cluster: parent of every daemon, reachable through one socket, ends all when it ends.
 
 It is a process of its own, so that the cluster dies with pytest however pytest dies: its standard input is a leash.
-Requests are one JSON line each on `<directory>/control`: {"op": "status" | "start" | "stop", "name": …, "signal": …}.
+Requests are one JSON line each on `<directory>/control`: {"op": "status" | "start" | "stop" | "configure", …}.
 """
 
 from __future__ import annotations
@@ -37,12 +37,15 @@ from tests.cluster.service import (
 class Supervisor:
     """Starts, answers for and ends the daemons of one cluster."""
 
-    def __init__(self, directory: Path, *, accounting: bool, docker: bool, with_image: bool, extra_conf: str) -> None:
+    def __init__(
+        self, directory: Path, *, accounting: bool, docker: bool, with_image: bool, settings: list[str]
+    ) -> None:
         self.directory = directory
         self.accounting = accounting
         self.docker = docker
         self.with_image = with_image
-        self.extra_conf = extra_conf
+        self.settings = slurm.by_name(settings)
+        self.changes: list[str] = []
         self.services: dict[str, Service] = {}
         self.bridge: str | None = None
         self.image: str | None = None
@@ -67,18 +70,41 @@ class Supervisor:
         self._up(slurm.start_munge(self.directory, self.env))
         ports: set[int] = set()
         dbd_port = self._start_accounting(ports) if self.accounting else None
-        slurm.write_conf(self.directory, ports=ports, dbd_port=dbd_port, extra=self.extra_conf)
+        self.settings = {**slurm.default_settings(self.directory, ports=ports, dbd_port=dbd_port), **self.settings}
+        slurm.prepare(self.directory)
+        self._write_conf()
         if dbd_port is not None:
-            self._register_cluster()
+            slurm.register(self.env)
         self._up(slurm.controller(self.directory, self.env))
-        nodes = [slurm.node(self.directory, name, self.env) for name in slurm.NODES]
+        for name in slurm.NODES:
+            self.services[name] = slurm.node(self.directory, name, self.env, settings=self.settings)
+        self._start_nodes()
+        if self.docker:
+            self._finish_engine()
+
+    def _write_conf(self) -> None:
+        slurm.write_conf(self.directory, {**self.settings, **slurm.by_name(self.changes)})
+
+    def _start_nodes(self) -> None:
+        nodes = [self.services[name] for name in slurm.NODES]
         for service in nodes:
-            self.services[service.name] = service
             service.start()
         for service in nodes:
             service.wait_ready()
-        if self.docker:
-            self._finish_engine()
+
+    def configure(self, changes: list[str]) -> None:
+        """Defaults with `changes` from now on; daemons of Slurm start again, jobs run on. Raises ClusterError.
+
+        Always a restart: `scontrol reconfigure` takes most parameters silently and some, such as PreemptType, not.
+        """
+        for name in ("slurmctld", *slurm.NODES):
+            self.services[name].stop()
+        self.changes = changes
+        self._write_conf()
+        controller = self.services["slurmctld"]
+        controller.start()
+        controller.wait_ready()
+        self._start_nodes()
 
     def _up(self, service: Service) -> None:
         self.services[service.name] = service
@@ -91,9 +117,6 @@ class Supervisor:
         # slurmdbd reads the location of its own file from that of slurm.conf, which need not exist yet.
         self._up(database.accounting(self.directory, port=dbd_port, database_port=database_port, env=self.env))
         return dbd_port
-
-    def _register_cluster(self) -> None:
-        call(["sacctmgr", "--immediate", "add", "cluster", "orchtest"], env=self.env, timeout=30)
 
     def _start_engine(self) -> None:
         """Spawn dockerd first and look at it last: it needs seconds that the rest of the start can use."""
@@ -132,7 +155,11 @@ class Supervisor:
         """Carry out one request; errors come back as {"error": …}."""
         try:
             if request["op"] == "status":
-                return {"pids": {name: service.pid for name, service in self.services.items()}}
+                pids = {name: service.pid for name, service in self.services.items()}
+                return {"pids": pids, "changes": self.changes}
+            if request["op"] == "configure":
+                self.configure(request["changes"])
+                return {}
             service = self.services[request["name"]]
             if request["op"] == "stop":
                 service.stop(signal.Signals[request.get("signal", "SIGTERM")], timeout=request.get("timeout", 10))
@@ -216,7 +243,7 @@ def main() -> int:
     parser.add_argument("--no-accounting", action="store_true")
     parser.add_argument("--no-docker", action="store_true")
     parser.add_argument("--no-image", action="store_true")
-    parser.add_argument("--extra-conf", default="")
+    parser.add_argument("--setting", action="append", default=[], help="a line of slurm.conf instead of the default")
     options = parser.parse_args()
     # Short on purpose: a socket's path may have 107 characters, and the engine nests its own below ours.
     directory = options.directory or Path(tempfile.mkdtemp(prefix="orch-", dir="/tmp"))
@@ -226,7 +253,7 @@ def main() -> int:
         accounting=not options.no_accounting,
         docker=not options.no_docker,
         with_image=not options.no_image,
-        extra_conf=options.extra_conf,
+        settings=options.setting,
     )
     # A signal during the start must still end what has been started.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

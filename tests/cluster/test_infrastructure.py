@@ -45,6 +45,81 @@ def test_a_crashed_node_daemon_leaves_its_jobs_running_and_comes_back(cluster: C
     assert cluster.wait_end(job) == "COMPLETED"
 
 
+def test_settings_of_a_test_are_taken_by_every_daemon_while_jobs_run_and_end_with_the_test(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    log = tmp_path / "log"
+    job = cluster.sbatch("--nodes=2", wrap=f"srun --ntasks-per-node=1 sh -c 'sleep 8; echo end >> {log}'")
+    cluster.wait_state(job, "RUNNING")
+    defaults = cluster.run("scontrol", "show", "config").stdout
+    cluster.configure("SlurmctldParameters=preempt_send_user_signal", "SlurmdTimeout=10", "JobRequeue=0", "KillWait=9")
+    config = "".join(cluster.run("scontrol", "show", "config").stdout.split())
+    for setting in ("preempt_send_user_signal", "SlurmdTimeout=10sec", "JobRequeue=0", "KillWait=9sec"):
+        assert setting in config
+    refused = cluster.sbatch(wrap="sleep 60")
+    cluster.wait_state(refused, "RUNNING")
+    assert cluster.run("scontrol", "requeue", refused, check=False).returncode == 1
+    assert cluster.wait_end(job) == "COMPLETED"
+    assert log.read_text() == "end\n" * 2
+    cluster.tidy()
+    again = cluster.run("scontrol", "show", "config").stdout
+    assert _settings(again) == _settings(defaults)
+
+
+def _settings(config: str) -> list[str]:
+    """`scontrol show config` without what changes by itself."""
+    return [
+        line for line in config.splitlines() if not line.startswith(("Configuration data", "BOOT_TIME", "NEXT_JOB"))
+    ]
+
+
+def test_with_the_users_signal_a_preempted_step_hears_that_one(cluster: Cluster, tmp_path: Path) -> None:
+    cluster.configure("SlurmctldParameters=preempt_send_user_signal")
+    heard = tmp_path / "heard"
+    traps = f'for s in USR1 TERM; do trap "echo $s >> {heard}; exit" $s; done'
+    cluster.sbatch("--signal=USR1@20", wrap=f"srun sh -c '{traps}; touch {heard}; while :; do sleep 0.1; done'")
+    cluster.wait("the step", heard.exists)
+    cluster.preempt(seconds=1)
+    assert cluster.wait("the signal", heard.read_text) == "USR1\n"
+
+
+def test_a_partition_can_cancel_what_it_preempts(cluster: Cluster) -> None:
+    job = cluster.sbatch("--partition=cancel", wrap="sleep 60")
+    cluster.wait_state(job, "RUNNING")
+    cluster.preempt(seconds=1)
+    cluster.wait("the grace to begin", lambda: cluster.job(job)["PreemptTime"] != "None")
+    assert cluster.state(job) == "RUNNING"
+    assert cluster.wait_end(job) == "PREEMPTED"
+
+
+def test_an_urgent_job_preempts_a_low_one_of_the_same_partition_by_qos(cluster: Cluster) -> None:
+    cluster.configure("PreemptType=preempt/qos")
+    low = cluster.sbatch("--qos=low", "--nodes=3", wrap="sleep 60")
+    cluster.wait_state(low, "RUNNING")
+    urgent = cluster.sbatch("--qos=urgent", "--nodes=3", "--exclusive", wrap="sleep 1")
+    cluster.wait("the grace to begin", lambda: cluster.job(low)["PreemptTime"] != "None")
+    assert cluster.state(low) == "RUNNING"
+    assert cluster.wait_end(urgent) == "COMPLETED"
+    assert cluster.wait_state(low, "RUNNING")["Restarts"] == "1"
+
+
+def test_a_partition_of_a_tests_own_can_suspend(cluster: Cluster) -> None:
+    """Only with gang scheduling for all, so no partition of the defaults does."""
+    cluster.configure("PreemptMode=SUSPEND,GANG", "PartitionName=suspend Nodes=ALL PriorityTier=1 PreemptMode=SUSPEND")
+    job = cluster.sbatch("--partition=suspend", wrap="sleep 6")
+    cluster.wait_state(job, "RUNNING")
+    cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", wrap="sleep 1")  # memory stays with the suspended
+    cluster.wait_state(job, "SUSPENDED")
+    assert cluster.wait_end(job) == "COMPLETED"
+
+
+def test_a_setting_that_slurm_refuses_is_told_and_ends_with_the_test(cluster: Cluster) -> None:
+    with pytest.raises(ClusterError, match="slurmctld ended"):
+        cluster.configure("SelectType=select/nonsense")
+    cluster.tidy()
+    assert cluster.wait_end(cluster.sbatch(wrap="true")) == "COMPLETED"
+
+
 def test_the_image_trains_nothing_but_imports_everything_as_any_user(cluster: Cluster) -> None:
     assert cluster.image is not None and cluster.image.startswith("sha256:")
     code = "import os, lightning, torch; print(os.getuid(), torch.distributed.is_gloo_available())"
@@ -73,7 +148,7 @@ def directory() -> Iterator[Path]:
 def test_a_start_that_fails_half_way_leaves_nothing_behind(directory: Path) -> None:
     with pytest.raises(ClusterError, match="slurmctld ended"):
         Cluster.start(
-            "--no-accounting", "--no-image", "--extra-conf=SelectType=select/nonsense", f"--directory={directory}"
+            "--no-accounting", "--no-image", "--setting=SelectType=select/nonsense", f"--directory={directory}"
         )
     assert not directory.exists()
     assert not Path("/sys/class/net", bridge_name(directory)).exists()
