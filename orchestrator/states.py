@@ -83,7 +83,7 @@ _CONSEQUENCES: dict[ExitReason, _Consequence] = {
     ExitReason.CANCELLED: _Consequence(JobState.CANCELLED, None, "cancelled"),
     ExitReason.OUT_OF_MEMORY: _Consequence(JobState.FAILED, "out_of_memory", "ran out of memory"),
     ExitReason.FAILURE: _Consequence(JobState.FAILED, "failure", "the program failed"),
-    ExitReason.HUNG: _Consequence(JobState.FAILED, "failure", "made no step within the watchdog's time"),
+    ExitReason.HUNG: _Consequence(JobState.FAILED, "hung", "made no step within the watchdog's time"),
     ExitReason.NO_PROGRESS: _Consequence(JobState.FAILED, None, "three attempts in a row made no new step"),
     ExitReason.REQUEUE_LIMIT: _Consequence(JobState.NEEDS_RESUME, None, "used up its automatic requeues"),
     ExitReason.FENCED: _Consequence(JobState.FAILED, None, "a newer attempt has taken over this run"),

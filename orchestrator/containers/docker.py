@@ -143,6 +143,16 @@ class DockerPayload:
         """What PID 1 said before it opened its own log."""
         return str(self._container.logs(tail=50).decode(errors="replace"))
 
+    def out_of_memory(self) -> bool:
+        """The engine's OOMKilled, true also where a child was killed; it knows of a killed PID 1, too."""
+        import requests
+
+        try:
+            self._container.reload()
+        except requests.RequestException as error:  # docker's APIError is one
+            raise ContainerError(f"cannot inspect container {self._container.id[:12]}: {_words(error)}") from error
+        return bool(self._container.attrs["State"].get("OOMKilled"))
+
     def describe(self) -> dict[str, object]:
         """The container's id."""
         return {"runtime": "docker", "container": self._container.id}

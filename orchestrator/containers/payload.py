@@ -51,6 +51,9 @@ class Payload(Protocol):
     def early_output(self) -> str:
         """What PID 1 said before it opened its own log, where that did not go to the log anyway."""
 
+    def out_of_memory(self) -> bool:
+        """True when the engine says that the kernel has killed in it for lack of memory; raises ContainerError."""
+
     def describe(self) -> dict[str, object]:
         """What to record about it: runtime, id, pid."""
 

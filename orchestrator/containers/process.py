@@ -43,6 +43,10 @@ class ProcessPayload:
         """Nothing: it went to the node's log."""
         return ""
 
+    def out_of_memory(self) -> bool:
+        """No engine that could say; PID 1's own report is all there is."""
+        return False
+
     def describe(self) -> dict[str, object]:
         """pid of PID 1."""
         return {"runtime": "none", "pid": self._process.pid}

@@ -98,7 +98,7 @@ def render_agent_plan(
 ) -> dict[str, Any]:
     """Orders for the agents and for the session inside the job; secrets by name only."""
     paths = RootPaths(root).run(run_id)
-    resources = spec.resources
+    resources, no_progress = spec.resources, spec.watchdog.no_progress
     return {
         "version": AGENT_PLAN_VERSION,
         "run_id": run_id,
@@ -125,7 +125,9 @@ def render_agent_plan(
         "checkpoint": {**spec.checkpoint.model_dump(), "uri": checkpoint_uri(spec, paths)},
         "signal": spec.preemption.signal,
         "lead_time_s": int(spec.preemption.lead_time),
-        "caps": {"max_requeues": spec.preemption.max_requeues, **spec.retry.model_dump()},
+        "caps": {"max_requeues": spec.preemption.max_requeues, **spec.retry.model_dump(exclude={"backoff"})},
+        "backoff_s": int(spec.retry.backoff),
+        "watchdog": {"no_progress_s": None if no_progress is None else int(no_progress)},
         "env": dict(spec.env),
         "secrets": list(spec.secrets),
     }

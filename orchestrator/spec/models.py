@@ -523,6 +523,35 @@ class Retry(_Section):
     node_failure: Count = Field(10, description="After a lost node.")
     out_of_memory: Count = Field(0, description="After running out of memory.")
     failure: Count = Field(0, description="After the program failed.")
+    hung: Count = Field(3, description="After `watchdog.no_progress` found it standing still.")
+    backoff: Duration = Field(
+        Duration(30),
+        description=(
+            "Pause before the next attempt when one failed or hung without a new step; four times as long after a "
+            "second one in a row. A third one ends the run (no_progress)."
+        ),
+        examples=["30s"],
+    )
+
+
+class Watchdog(_Section):
+    """Finding out that a run stands still, without a signal from anybody."""
+
+    no_progress: Duration | None = Field(
+        None,
+        description=(
+            "Stop and requeue (`retry.hung`) when no step is completed for this long; must exceed the longest "
+            "validation and the first step. Every rank's Python stack goes to the log directory first. null = never."
+        ),
+        examples=["30m"],
+    )
+
+    @field_validator("no_progress")
+    @classmethod
+    def _some_time(cls, value: Duration | None) -> Duration | None:
+        if value is not None and value < 1:
+            raise ValueError(f"{value} is no time at all; at least 1s")
+        return value
 
 
 class Workspace(_Section):
@@ -567,6 +596,7 @@ class JobSpec(_Section):
     checkpoint: Checkpoint = Field(Checkpoint(), description="Saving.")
     preemption: Preemption = Field(Preemption(), description="Stopping and coming back.")
     retry: Retry = Field(Retry(), description="Requeues per cause.")
+    watchdog: Watchdog = Field(Watchdog(), description="Standing still.")
     workspace: Workspace = Field(Workspace(), description="The code snapshot.")
     env: dict[str, Text] = Field(
         default_factory=dict,
@@ -653,4 +683,4 @@ def _variable_fault(name: str) -> str | None:
     return None
 
 
-RESERVED_TOP_KEYS = ("sweep", "notify", "after", "watchdog")
+RESERVED_TOP_KEYS = ("sweep", "notify", "after")

@@ -12,6 +12,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from orchestrator.worker.scheduler import (
 )
 
 _PR_SET_PDEATHSIG = 1
+_PAUSE_TICK_S = 0.2
 
 
 def load_orders(run_dir: Path) -> dict[str, Any]:
@@ -136,7 +138,15 @@ def local_main(run_dir: Path, environ: Mapping[str, str]) -> int:
         decision = book.close(place.attempt, scheduler)
         if not decision.requeue:
             return exit_code(decision)
+        _pause(decision.delay_s, paths)
         restarts += 1
+
+
+def _pause(seconds: float, paths: RunPaths) -> None:
+    """Before the next attempt of a crash loop; a cancellation ends it."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not paths.tombstone.exists():
+        time.sleep(_PAUSE_TICK_S)
 
 
 def finish_main(run_dir: Path, status: int, environ: Mapping[str, str]) -> int:

@@ -11,6 +11,9 @@ from orchestrator.states import ExitCode, ExitReason, JobState
 NO_PROGRESS_ATTEMPTS = 3
 """So many attempts in a row that failed or hung without a new step are a crash loop."""
 
+BACKOFF_GROWTH = 4
+"""Each further attempt of a crash loop waits so many times longer than the one before it."""
+
 _FAILED = frozenset(
     {
         ExitReason.FAILURE,
@@ -56,6 +59,7 @@ class Decision:
     state: JobState
     reason: ExitReason
     message: str
+    delay_s: float = 0.0  # the next attempt begins no earlier
 
 
 def judge(evidence: Evidence) -> Outcome:
@@ -79,6 +83,8 @@ def judge(evidence: Evidence) -> Outcome:
     if ExitCode.NEVER_RESTART in codes:
         message = f"the program asked never to be restarted (exit code {ExitCode.NEVER_RESTART:d})"
         return Outcome(ExitReason.FAILURE, message, step, False, final=True)
+    if evidence.cause is ExitReason.HUNG:
+        return outcome(ExitReason.HUNG, _hung_words(saved, step))
     failure = _worst_failure(evidence)
     if failure is not None:
         return Outcome(_failure_reason(failure), str(failure.get("message") or "the program failed"), step, False)
@@ -102,8 +108,18 @@ def _said(verdicts: Sequence[Mapping[str, Any] | None], outcome: str) -> str:
     return next((str(v.get("message") or "") for v in verdicts if v is not None and v["outcome"] == outcome), "")
 
 
+def _hung_words(saved: bool, step: int | None) -> str:
+    where = "every rank's stack is in stack-rank-*.txt beside the logs"
+    after = f"it was only slow: step {step} is saved" if saved else "it reached no step boundary when told to stop"
+    return f"{ExitReason.HUNG.message}; {after}; {where}"
+
+
 def _worst_failure(evidence: Evidence) -> Mapping[str, Any] | None:
     """A rank's own words before a node's exit code; a node killed after everything was saved is no failure."""
+    # A process killed for lack of memory says nothing itself; its peers complain about a lost connection.
+    memory = [failure for failure in evidence.failures if failure.get("reason") == ExitReason.OUT_OF_MEMORY]
+    if memory:
+        return memory[0]
     ranks = [failure for failure in evidence.failures if "rank" in failure]
     if ranks:
         return min(ranks, key=lambda failure: float(failure.get("time", 0.0)))  # the others followed the first
@@ -120,7 +136,12 @@ def _failure_reason(failure: Mapping[str, Any]) -> ExitReason:
 
 
 def decide(
-    outcome: Outcome, *, attempts: Sequence[Mapping[str, Any]], caps: Mapping[str, int], silent: bool = False
+    outcome: Outcome,
+    *,
+    attempts: Sequence[Mapping[str, Any]],
+    caps: Mapping[str, int],
+    silent: bool = False,
+    backoff_s: float = 0.0,
 ) -> Decision:
     """Whether another attempt follows. `attempts` are the sidecar's records since the run was last submitted or
     resumed, this one last and already judged.
@@ -144,7 +165,9 @@ def decide(
             return Decision(False, reason.state, reason, outcome.message)
         limit = ExitReason.REQUEUE_LIMIT
         return Decision(False, limit.state, limit, f"{outcome.message}; {cap_name}={caps[cap_name]} is used up")
-    return Decision(True, JobState.PREEMPTED, reason, outcome.message)
+    futile = _futile_attempts(attempts)
+    delay_s = backoff_s * BACKOFF_GROWTH ** (futile - 1) if futile else 0.0
+    return Decision(True, JobState.PREEMPTED, reason, outcome.message, delay_s)
 
 
 def _cap_of(attempt: Mapping[str, Any]) -> str | None:
@@ -153,11 +176,18 @@ def _cap_of(attempt: Mapping[str, Any]) -> str | None:
 
 
 def _crash_loop(attempts: Sequence[Mapping[str, Any]]) -> bool:
-    recent = attempts[-NO_PROGRESS_ATTEMPTS:]
-    return len(recent) == NO_PROGRESS_ATTEMPTS and all(
-        attempt.get("exit_reason") in _FAILED and (attempt.get("step_end") or 0) <= (attempt.get("step_start") or 0)
-        for attempt in recent
-    )
+    return _futile_attempts(attempts) >= NO_PROGRESS_ATTEMPTS
+
+
+def _futile_attempts(attempts: Sequence[Mapping[str, Any]]) -> int:
+    """How many attempts in a row, the last ones, failed or hung without a new step."""
+    count = 0
+    for attempt in reversed(attempts):
+        progress = (attempt.get("step_end") or 0) - (attempt.get("step_start") or 0)
+        if attempt.get("exit_reason") not in _FAILED or progress > 0:
+            break
+        count += 1
+    return count
 
 
 def exit_code(decision: Decision) -> int:

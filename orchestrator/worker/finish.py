@@ -74,6 +74,7 @@ class AttemptBook:
                 attempts=self._since_submitted(sidecar),
                 caps=self.orders["caps"],
                 silent=evidence.scheduler_silent,
+                backoff_s=self.orders["backoff_s"],
             )
             if decision.requeue:
                 sidecar.count_requeue(outcome.reason.value)
@@ -96,9 +97,10 @@ class AttemptBook:
     def _requeue(self, sidecar: SidecarWriter, decision: Decision, attempt: int, scheduler: Scheduler) -> Decision:
         # The tombstone may have come since the evidence was read; a later one is seen by the next attempt.
         cancelled = self.paths.tombstone.exists()
-        answer = Requeued(ok=False, cancelled=True) if cancelled else scheduler.requeue()
+        answer = Requeued(ok=False, cancelled=True) if cancelled else scheduler.requeue(decision.delay_s)
         if answer.ok:
-            self.events.append("requeued", attempt=attempt, exit_reason=decision.reason.value)
+            reason = decision.reason.value
+            self.events.append("requeued", attempt=attempt, exit_reason=reason, delay_s=decision.delay_s)
             return decision
         if answer.cancelled:
             reason = ExitReason.CANCELLED

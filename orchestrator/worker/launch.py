@@ -33,7 +33,10 @@ SAVED = 75
 NEVER_RESTART = 93
 KILLED = 137
 _TICK_S = 0.1
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
 _PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_PTRACER = 0x59616D61  # "Yama"
+_PR_SET_PTRACER_ANY = ctypes.c_ulong(-1)
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -103,6 +106,59 @@ def end_descendants() -> None:
     print(f"orch: could not end processes {sorted(descendants(os.getpid()))}", file=sys.stderr, flush=True)
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+_MEMORY_FILES = (  # events, limit and peak of a memory cgroup: version 2, version 1
+    ("memory.events", "memory.max", "memory.peak"),
+    ("memory.oom_control", "memory.limit_in_bytes", "memory.max_usage_in_bytes"),
+)
+
+
+def memory_cgroup(contained: bool, root: str = "/sys/fs/cgroup", listing: str = "/proc/self/cgroup") -> str | None:
+    """Directory of the cgroup that limits our memory; None without one. In a container the mount itself may be ours."""
+    with open(listing, encoding="ascii") as stream:
+        entries = [line.rstrip("\n").split(":", 2) for line in stream]
+    for _, controllers, path in entries:
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        mount = f"{root}/memory" if controllers else root
+        candidates = [mount + path] if path != "/" else []
+        candidates += [mount] if contained else []  # elsewhere that is the whole machine, and other people's kills
+        for directory in candidates:
+            if any(os.path.exists(f"{directory}/{events}") for events, _, _ in _MEMORY_FILES):
+                return directory
+    return None
+
+
+def memory_report(directory: str) -> dict[str, int | None]:
+    """{"kills", "limit_bytes", "peak_bytes"}: how often the kernel killed here for lack of memory (cgroups(7))."""
+    for events, limit, peak in _MEMORY_FILES:
+        words = _first_words(f"{directory}/{events}")
+        if words is not None:
+            return {
+                "kills": int(words.get("oom_kill", "0")),
+                "limit_bytes": _number_in(f"{directory}/{limit}"),
+                "peak_bytes": _number_in(f"{directory}/{peak}"),
+            }
+    return {"kills": 0, "limit_bytes": None, "peak_bytes": None}
+
+
+def _first_words(path: str) -> dict[str, str] | None:
+    try:
+        with open(path, encoding="ascii") as stream:
+            return dict(line.split()[:2] for line in stream if len(line.split()) >= 2)
+    except OSError:  # this version of cgroups, or this kernel, has no such file
+        return None
+
+
+def _number_in(path: str) -> int | None:
+    try:
+        with open(path, encoding="ascii") as stream:
+            text = stream.read().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None  # `max`: no limit
+
+
 # --- the supervisor --------------------------------------------------------------------------------------------------
 class Launch:
     """Supervises one node's share of an attempt, from start to exit code."""
@@ -112,6 +168,8 @@ class Launch:
         self.signum = getattr(signal, "SIG" + config["signal"])
         self.stop_requested = False
         self.told: set[int] = set()
+        self.memory = memory_cgroup(config["contained"])
+        self.memory_kills = memory_report(self.memory)["kills"] if self.memory is not None else 0
         self.leash = os.open(config["leash"], os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         self.wakeup, self._wakeup_w = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(self._wakeup_w, warn_on_full_buffer=False)
@@ -149,6 +207,12 @@ class Launch:
     def run(self) -> int:
         """Block until the program, the leash or the deadline ends; return the exit code of the node."""
         try:
+            return self._run()
+        finally:
+            self._report_memory()
+
+    def _run(self) -> int:
+        try:
             child = self.start()
         except OSError as error:
             print(f"orch: cannot start the program: {error}", file=sys.stderr, flush=True)
@@ -156,7 +220,7 @@ class Launch:
         self._touch(self.config["up"])
         while True:
             self._wait_a_tick()
-            if not self._leash_holds():
+            if not self._leash_holds(child.pid):
                 end_descendants()
                 return KILLED
             code = self._reap(child)
@@ -179,12 +243,15 @@ class Launch:
         if self.wakeup in ready:
             os.read(self.wakeup, 4096)
 
-    def _leash_holds(self) -> bool:
-        """Read the agent's orders: `U` = stop at the next step boundary, `K` = end now. EOF = the agent is gone."""
+    def _leash_holds(self, child_pid: int) -> bool:
+        """Read the agent's orders: `D` = write down where the ranks are, `U` = stop at the next step boundary,
+        `K` = end now. EOF = the agent is gone."""
         try:
             orders = os.read(self.leash, 4096)
         except BlockingIOError:
             return True
+        if b"D" in orders:
+            self._dump_stacks(child_pid)
         self.stop_requested = self.stop_requested or b"U" in orders
         return orders != b"" and b"K" not in orders
 
@@ -213,6 +280,37 @@ class Launch:
                     self.told.add(pid)
                     _kill(pid, signum)
                     break
+
+    def _dump_stacks(self, child_pid: int) -> None:
+        """Start py-spy on every rank and do not wait: PID 1 watches its leash; `_reap` collects the py-spies."""
+        for pid, rank in self._ranks(child_pid):
+            argv = [self.config["py_spy"], "dump", "--subprocesses", "--pid", str(pid)]
+            log = os.open(os.path.join(self.config["log_dir"], f"stack-{rank}.txt"), _APPEND, 0o644)
+            try:
+                os.posix_spawn(
+                    argv[0], argv, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, log, fd) for fd in (1, 2)]
+                )
+            except OSError as error:
+                os.write(log, f"orch: {argv[0]}: {error.strerror}\n".encode())
+            finally:
+                os.close(log)
+
+    def _ranks(self, child_pid: int) -> list[tuple[int, str]]:
+        """(pid, name) of the training processes: torchrun's own children, or the program itself."""
+        if self.config["torchrun"] is None:
+            return [(child_pid, f"node-{self.config['node']}")]
+        children = [pid for pid, fields in descendants(child_pid).items() if fields.get("PPid") == str(child_pid)]
+        found = [(pid, _variable_of(pid, "RANK")) for pid in children]
+        return [(pid, f"rank-{rank}") for pid, rank in found if rank is not None]
+
+    def _report_memory(self) -> None:
+        """Tell the agent when the kernel has killed something here for lack of memory."""
+        report = memory_report(self.memory) if self.memory is not None else None
+        if report is not None and (report["kills"] or 0) > (self.memory_kills or 0):
+            partial = self.config["memory_report"] + ".new"
+            with open(partial, "w", encoding="ascii") as stream:
+                json.dump(report, stream)
+            os.replace(partial, self.config["memory_report"])
 
     def _verdict(self) -> dict[str, Any] | None:
         return _read_json(self.config["verdict"])
@@ -254,6 +352,17 @@ def _ignore(signums: Any) -> None:
         signal.signal(signum, signal.SIG_IGN)
 
 
+def _variable_of(pid: int, name: str) -> str | None:
+    """A variable of another process's environment at its start; None when it has none, or has just ended."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            entries = stream.read().split(b"\0")
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
+        return None
+    prefix = name.encode() + b"="
+    return next((entry[len(prefix) :].decode() for entry in entries if entry.startswith(prefix)), None)
+
+
 def _read_json(path: str) -> dict[str, Any] | None:
     """The file's object; None while it is not there. Every writer replaces atomically, so a broken one is an error."""
     try:
@@ -283,6 +392,9 @@ def _worker(log_dir: str, argv: list[str]) -> NoReturn:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
+    # Where Yama guards ptrace, py-spy (PID 1's child, not our parent) could not look at a rank that hangs. It fails
+    # where there is no Yama, and then nothing is guarded.
+    ctypes.CDLL(None).prctl(_PR_SET_PTRACER, _PR_SET_PTRACER_ANY, 0, 0, 0)
     os.execvp(argv[0], argv)
 
 

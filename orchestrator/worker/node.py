@@ -58,6 +58,11 @@ class NodeDirectory:
         return self.path / "deadline.json"
 
     @property
+    def memory_report(self) -> Path:
+        """Written by PID 1 when the kernel has killed for lack of memory."""
+        return self.path / "memory.json"
+
+    @property
     def config(self) -> Path:
         return self.path / "config.json"
 
@@ -74,7 +79,8 @@ class NodeDirectory:
         write_json(self.deadline, {"deadline": deadline, "cause": cause, "told": time.time()})
 
     def order(self, order: bytes) -> None:
-        """`U`: stop at the next step boundary. `K`: end now. Kept by the FIFO until PID 1 is up, so none is lost."""
+        """`D`: write down every rank's stack. `U`: stop at the next step boundary. `K`: end now. The FIFO keeps them
+        until PID 1 is up, so none is lost."""
         os.write(self._leash, order)
 
     def close(self) -> None:

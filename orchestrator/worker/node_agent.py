@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker import launch
 from orchestrator.worker.node import NodeDirectory, node_root
 from orchestrator.worker.scheduler import Notice, Scheduler
+from orchestrator.worker.watchdog import StallWatch
 
 _TICK_S = 0.1
 _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what a shell says, and what PID 1 says of a program it cannot start
@@ -74,6 +76,9 @@ class NodeAgent:
         self._wake = threading.Event()
         self._peer_failed_at: float | None = None
         self._next_peer_look = 0.0
+        limit_s = orders["watchdog"]["no_progress_s"]
+        self._stall = None if limit_s is None else StallWatch(self.paths, place.attempt, limit_s)
+        self.memory: str | None = None  # what is known of a process killed for lack of memory, in words
 
     # --- signals
     def install_signal_handlers(self) -> None:
@@ -125,6 +130,7 @@ class NodeAgent:
         try:
             if not directory.up.exists():
                 self._record_early_death(payload)
+            self.memory = self._memory_evidence(payload, directory)
             payload.close()
         except (OrchError, OSError) as error:
             self.events.append("action", attempt=self.place.attempt, action="not_removed", message=str(error))
@@ -138,6 +144,8 @@ class NodeAgent:
             self._wake.clear()
             if self._signals:
                 self._pass_on(directory)
+            if self._stall is not None and self.notice is None and self._stall.stalled():
+                self._stop_hung(directory, self._stall.step)
             if self._peers_have_failed():
                 directory.order(b"K")
             if self.notice is not None and time.time() > self.notice.deadline + _KILL_SLACK_S:
@@ -169,6 +177,24 @@ class NodeAgent:
             scheduler=answer.words,
         )
 
+    def _stop_hung(self, directory: NodeDirectory, step: int | None) -> None:
+        """Have every rank's stack written down, then stop as at any notice: one that was only slow still saves."""
+        told = time.time()
+        self.notice = Notice(ExitReason.HUNG, told + float(self.orders["lead_time_s"]))
+        directory.write_deadline(self.notice.deadline, ExitReason.HUNG.value)
+        directory.order(b"D")
+        directory.order(b"U")
+        self.events.append(
+            "signalled",
+            attempt=self.place.attempt,
+            node=self.place.node_name,
+            signals=[],
+            cause=ExitReason.HUNG.value,
+            deadline=self.notice.deadline,
+            at=told,
+            step=step,
+        )
+
     def _peers_have_failed(self) -> bool:
         """True once another node has recorded a failure and our ranks had time to end by themselves.
 
@@ -183,6 +209,16 @@ class NodeAgent:
         if others and self._peer_failed_at is None:
             self._peer_failed_at = now
         return self._peer_failed_at is not None and now - self._peer_failed_at > _PEER_GRACE_S
+
+    def _memory_evidence(self, payload: Payload, directory: NodeDirectory) -> str | None:
+        """PID 1's report, or the engine's word where PID 1 itself was killed."""
+        try:
+            report = read_json(directory.memory_report)
+        except FileNotFoundError:
+            return "the kernel killed it for lack of memory" if payload.out_of_memory() else None
+        limit, peak = report["limit_bytes"], report["peak_bytes"]
+        at = f" at {_gb(peak)} of {_gb(limit)} GB" if limit is not None and peak is not None else ""
+        return f"the kernel killed a process{at} (resources.mem)"
 
     def _record_early_death(self, payload: Payload) -> None:
         words = payload.early_output()
@@ -217,6 +253,10 @@ class NodeAgent:
             "up": str(directory.up),
             "deadline_file": str(directory.deadline),
             "deadline_slack_s": _DEADLINE_SLACK_S,
+            "memory_report": str(directory.memory_report),
+            "contained": self._contained,
+            "py_spy": str(py_spy()),
+            "node": self.place.node,
             "verdict": str(self.paths.verdict(attempt)),
             "log_dir": str(self.paths.logs(attempt)),
             "node_log": str(self.paths.node_log(attempt, self.place.node)),
@@ -295,6 +335,8 @@ class NodeAgent:
         if self._contained and not checkpoints.is_relative_to(orders["run_dir"]):
             checkpoints.mkdir(parents=True, exist_ok=True)
             mounts.append(Mount(str(checkpoints), str(checkpoints)))
+        if self._contained and self._stall is not None and py_spy().exists():
+            mounts.append(Mount(str(py_spy()), str(py_spy()), read_only=True))
         mounts += [Mount(**mount) for mount in container["mounts"]]
         return PayloadRequest(
             argv=(self._python, str(directory.launcher), str(directory.config)),
@@ -312,12 +354,21 @@ class NodeAgent:
         )
 
 
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f}" if size_bytes >= 1e8 else f"{size_bytes / 1e9:.3f}"
+
+
 def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:
     """The GPUs of this step as Slurm names them (srun(1)); on the local backend the first `wanted` of the machine."""
     given = environ.get("CUDA_VISIBLE_DEVICES") or environ.get("SLURM_STEP_GPUS")
     if wanted == 0:
         return ()
     return tuple(given.split(",")) if given else tuple(str(index) for index in range(wanted))
+
+
+def py_spy() -> Path:
+    """py-spy of the interpreter that runs this agent; a static program, so that it runs in any image."""
+    return Path(sys.executable).with_name("py-spy")
 
 
 # --- one attempt on one node, with its records ------------------------------------------------------------------------
@@ -328,9 +379,12 @@ def run_node(agent: NodeAgent) -> int:
     reason: str | None = None
     try:
         code = agent.run()
+        message = f"node {place.node_name}: the program ended with exit code {code}{last_words(paths, place)}"
         if code in (_NOT_EXECUTABLE, _NOT_FOUND):
             reason = ExitReason.LAUNCH_FAILURE.value
-        message = f"node {place.node_name}: the program ended with exit code {code}{last_words(paths, place)}"
+        elif agent.memory is not None:
+            reason = ExitReason.OUT_OF_MEMORY.value
+            message = f"node {place.node_name}: {agent.memory}"
     except (OrchError, OSError) as error:
         code, message = 1, str(error)
         hint = getattr(error, "hint", None)

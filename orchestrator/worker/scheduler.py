@@ -14,6 +14,8 @@ from typing import Protocol
 from orchestrator.states import ExitReason
 
 _QUESTION_S = 5.0
+_PATIENCE_S = 60.0  # at the end of an attempt: slurmctld may be restarting, and nothing is left to be lost meanwhile
+_PAUSE_S = 2.0
 _DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5)
 _RESERVE_S = 2.0  # kept back from KillWait for PID 1, the agent and the batch script
 
@@ -50,8 +52,8 @@ class Scheduler(Protocol):
         `noticed`: a stop signal came, but nobody could say why.
         """
 
-    def requeue(self) -> Requeued:
-        """Ask for another attempt. Called once, after everything is saved and written."""
+    def requeue(self, delay_s: float = 0.0) -> Requeued:
+        """Ask for another attempt, to begin after `delay_s`. Called once, after everything is saved and written."""
 
 
 def process_identity(pid: int) -> dict[str, int]:
@@ -82,8 +84,8 @@ class LocalScheduler:
         """A signal is a preemption; nobody else ends a local attempt."""
         return ExitReason.PREEMPTED if noticed else None
 
-    def requeue(self) -> Requeued:
-        """The caller loops."""
+    def requeue(self, delay_s: float = 0.0) -> Requeued:
+        """The caller loops, and pauses."""
         return Requeued(ok=True)
 
 
@@ -111,19 +113,41 @@ def run_command(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
     return done.returncode, done.stdout.decode(errors="replace")
 
 
+_NO_ANSWER = ("Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes")
+
+
 class SlurmScheduler:
     """Slurm, through scontrol, for the job this process runs in (FACTS 2)."""
 
-    def __init__(self, environ: Mapping[str, str], *, run: Runner = run_command) -> None:
+    def __init__(
+        self,
+        environ: Mapping[str, str],
+        *,
+        run: Runner = run_command,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
         self._run = run
+        self._clock = clock
+        self._sleep = sleep
         # One element's SLURM_JOB_ID can equal the array's id; requeueing that would requeue every running sibling.
         array = environ.get("SLURM_ARRAY_JOB_ID")
         self.job_id = f"{array}_{environ['SLURM_ARRAY_TASK_ID']}" if array else environ["SLURM_JOB_ID"]
         self.restart_count = int(environ.get("SLURM_RESTART_COUNT", "0"))
 
-    def show_job(self) -> dict[str, str] | None:
+    def _ask(self, argv: Sequence[str], patience_s: float) -> tuple[int, str]:
+        """Run a command again until slurmctld answers, for so long; the last (code, output)."""
+        until = self._clock() + patience_s
+        while True:
+            code, output = self._run(argv, _QUESTION_S)
+            answered = code != 124 and not (code != 0 and any(words in output for words in _NO_ANSWER))
+            if answered or self._clock() + _PAUSE_S > until:
+                return code, output
+            self._sleep(_PAUSE_S)
+
+    def show_job(self, patience_s: float = 0.0) -> dict[str, str] | None:
         """`scontrol show job -o` as a mapping; None when there is no answer."""
-        code, output = self._run(["scontrol", "show", "job", "-o", self.job_id], _QUESTION_S)
+        code, output = self._ask(["scontrol", "show", "job", "-o", self.job_id], patience_s)
         # The job of an array element comes with its pending siblings; the line of this element names its restarts.
         lines = [line for line in output.splitlines() if line.startswith("JobId=")] if code == 0 else []
         return parse_fields(lines[0]) if lines else None
@@ -148,7 +172,7 @@ class SlurmScheduler:
 
     def why_ended(self, *, noticed: bool, lead_time_s: float) -> ExitReason | None:
         """What Slurm says at the end: a job that still runs was ended by its program."""
-        job = self.show_job()
+        job = self.show_job(_PATIENCE_S)
         if job is None or (not noticed and job.get("JobState") in RUNNING):
             return None
         return self.why(lead_time_s).cause
@@ -163,22 +187,25 @@ class SlurmScheduler:
         code, output = self._run(["scontrol", "show", "node", "-o", name], _QUESTION_S)
         return parse_fields(output).get("NodeAddr", name) if code == 0 else name
 
-    def requeue(self) -> Requeued:
+    def requeue(self, delay_s: float = 0.0) -> Requeued:
         """`scontrol requeue`; that Slurm was faster counts as success.
 
         A second look comes first: after a scancel the request would bring the job back to life, and after Slurm's own
         requeue it would end the next attempt, which may run already.
         """
-        job = self.show_job()
+        job = self.show_job(_PATIENCE_S)
         if job is not None and int(job.get("Restarts", "0")) > self.restart_count:
             return Requeued(ok=True)
         if job is not None and _cause_of(job, self.restart_count) is ExitReason.CANCELLED:
             return Requeued(ok=False, message="the job was cancelled", cancelled=True)
-        code, output = self._run(["scontrol", "requeue", self.job_id], _QUESTION_S)
+        code, output = self._ask(["scontrol", "requeue", self.job_id], 0.0 if job is None else _PATIENCE_S)
         words = output.strip()
-        if code == 0 or "pending execution" in words:
-            return Requeued(ok=True)
-        return Requeued(ok=False, message=words or f"scontrol requeue ended with {code}")
+        if code != 0 and "pending execution" not in words:
+            return Requeued(ok=False, message=words or f"scontrol requeue ended with {code}")
+        if delay_s > 0:
+            # Slurm may end this process any moment now; without the pause the next attempt only comes sooner.
+            self._run(["scontrol", "update", f"jobid={self.job_id}", f"starttime=now+{delay_s:.0f}"], _QUESTION_S)
+        return Requeued(ok=True)
 
 
 def parse_fields(line: str) -> dict[str, str]:

@@ -82,9 +82,9 @@ class DeadlineWatchdog(threading.Thread):
         self._stopped = threading.Event()
 
     def run(self) -> None:
+        # Not only once our handler has run: that needs the main thread, which a collective can hold in C for ever. The
+        # deadline is there from the moment the agent orders the stop.
         while not self._stopped.wait(WATCHDOG_POLL_S):
-            if not self._request.requested:
-                continue
             left = self._request.seconds_left()
             if left is not None and left + self._grace_s <= 0:
                 self._missed()

@@ -37,6 +37,9 @@ class EndedPayload:
     def early_output(self) -> str:
         return ""
 
+    def out_of_memory(self) -> bool:
+        return False
+
     def describe(self) -> dict[str, object]:
         return {}
 

@@ -9,7 +9,7 @@ import pytest
 from orchestrator.states import ExitCode, ExitReason, JobState
 from orchestrator.worker.decision import Evidence, Outcome, decide, exit_code, judge
 
-CAPS = {"max_requeues": 2, "time_limit": 2, "node_failure": 1, "out_of_memory": 0, "failure": 0}
+CAPS = {"max_requeues": 2, "time_limit": 2, "node_failure": 1, "out_of_memory": 0, "failure": 0, "hung": 1}
 
 
 def evidence(**changes: Any) -> Evidence:
@@ -53,6 +53,19 @@ def verdict(outcome: str, **changes: Any) -> dict[str, Any]:
             ExitReason.FENCED,
         ),
         (evidence(failures=[verdict("failed", rank=3)], node_codes={0: 1}), ExitReason.FAILURE),
+        # A process killed for lack of memory says nothing itself: its peers' complaints must not win.
+        (
+            evidence(
+                failures=[verdict("failed", rank=3), {"outcome": "failed", "reason": "out_of_memory", "message": "m"}],
+                node_codes={0: 1},
+            ),
+            ExitReason.OUT_OF_MEMORY,
+        ),
+        (evidence(verdict=verdict("unsaved"), node_codes={0: 75}, cause=ExitReason.HUNG), ExitReason.HUNG),
+        (
+            evidence(failures=[verdict("failed", rank=3)], node_codes={0: 1, 1: 137}, nodes=2, cause=ExitReason.HUNG),
+            ExitReason.HUNG,
+        ),
         (
             evidence(verdict=verdict("saved"), failures=[verdict("failed", rank=3)], node_codes={0: 75}),
             ExitReason.FAILURE,
@@ -123,6 +136,20 @@ def test_a_crash_loop_ends_although_its_cap_is_not_spent() -> None:
         decide(Outcome(ExitReason.FAILURE, "m", 0, False), attempts=stuck, caps=caps).reason is ExitReason.NO_PROGRESS
     )
     assert decide(Outcome(ExitReason.FAILURE, "m", 0, False), attempts=moving, caps=caps).requeue
+
+
+def test_each_futile_attempt_waits_longer_and_progress_resets_it() -> None:
+    caps = {**CAPS, "failure": 10, "hung": 10}
+
+    def delay(*steps: int) -> float:
+        """`steps`: new steps of each attempt, all of which failed."""
+        made = [
+            {"exit_reason": "failure" if number % 2 else "hung", "step_start": 5, "step_end": 5 + new}
+            for number, new in enumerate(steps)
+        ]
+        return decide(Outcome(ExitReason.FAILURE, "m", 0, False), attempts=made, caps=caps, backoff_s=30).delay_s
+
+    assert [delay(3), delay(0), delay(0, 0), delay(0, 0, 4), delay(0, 0, 4, 0)] == [0, 30, 120, 0, 30]
 
 
 def test_a_program_that_asks_never_to_be_restarted_is_not() -> None:

@@ -35,6 +35,8 @@ class Run:
             "nodes": 1,
             "lead_time_s": 20,
             "caps": CAPS,
+            "backoff_s": 0,
+            "watchdog": {"no_progress_s": None},
         }
         self.book = AttemptBook(self.paths, self.orders)
         self.scheduler = LocalScheduler("1.2", self.paths.tombstone)
@@ -68,7 +70,12 @@ def slurm(*lines: str) -> tuple[SlurmScheduler, list[str]]:
         line = answers.pop(0) if len(answers) > 1 else answers[0]
         return (0, f"JobId=7 {line}") if line else (1, "no answer")
 
-    return SlurmScheduler({"SLURM_JOB_ID": "7"}, run=command), asked
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    return SlurmScheduler({"SLURM_JOB_ID": "7"}, run=command, clock=lambda: now[0], sleep=sleep), asked
 
 
 def test_a_saved_stop_is_requeued(run: Run) -> None:
@@ -83,7 +90,7 @@ def test_a_cancellation_after_the_evidence_was_read_is_not_undone(run: Run) -> N
     run.ended(outcome="saved", step=7, message="")
 
     class CancelledMeanwhile(LocalScheduler):
-        def requeue(self) -> Requeued:
+        def requeue(self, delay_s: float = 0.0) -> Requeued:
             return Requeued(ok=False, cancelled=True)
 
     decision = run.book.close(0, CancelledMeanwhile("1.2", run.paths.tombstone))

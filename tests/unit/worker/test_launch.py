@@ -62,6 +62,10 @@ class Node:
             "up": str(self.directory / "up"),
             "deadline_file": str(self.deadline),
             "deadline_slack_s": 0.0,
+            "memory_report": str(self.directory / "memory.json"),
+            "contained": False,
+            "py_spy": str(Path(sys.executable).with_name("py-spy")),
+            "node": 0,
             "verdict": str(self.verdict),
             "log_dir": str(self.directory),
             "node_log": str(self.log),
@@ -213,3 +217,66 @@ def test_a_worker_writes_its_own_log(tmp_path: Path) -> None:
     argv = [sys.executable, launch.__file__, "--worker", str(tmp_path), sys.executable, "-c", "print('from rank 3')"]
     subprocess.run(argv, env={**os.environ, "RANK": "3"}, check=True)
     assert (tmp_path / "rank-3.log").read_text() == "from rank 3\n"
+
+
+def test_a_dump_shows_where_the_program_stands_and_disturbs_nothing(node: Node) -> None:
+    node.start(python("def standing_still():\n    input_never_comes.wait()\n" + STILL))
+    node.ready()
+    node.order(b"D")
+    stack = node.directory / "stack-node-0.txt"
+    poll(lambda: stack.exists() and "standing_still" in stack.read_text(), "the stack")
+    assert node.process is not None
+    assert node.process.poll() is None
+
+
+STILL = """
+import threading
+input_never_comes = threading.Event()
+print("ready", flush=True)
+standing_still()
+"""
+
+
+def test_a_missing_py_spy_is_said_where_the_stack_would_be(node: Node) -> None:
+    node.start(python("import time; print('ready', flush=True); time.sleep(60)"), py_spy="/nowhere/py-spy")
+    node.ready()
+    node.order(b"D")
+    stack = node.directory / "stack-node-0.txt"
+    poll(lambda: stack.exists() and "/nowhere/py-spy" in stack.read_text(), "the remark")
+
+
+def cgroup_files(directory: Path, **files: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        (directory / name).write_text(content)
+
+
+def test_the_memory_cgroup_is_our_own_and_never_the_whole_machines(tmp_path: Path) -> None:
+    two = "0::/slurm/job_7\n"
+    one = "9:memory:/docker/abc\n4:cpu,cpuacct:/\n1:name=systemd:/x\n0::/\n"
+    listing = tmp_path / "cgroup"
+
+    def found(text: str, *, contained: bool) -> str | None:
+        listing.write_text(text)
+        return launch.memory_cgroup(contained, root=str(tmp_path), listing=str(listing))
+
+    assert found(two, contained=False) is None
+    cgroup_files(tmp_path / "slurm" / "job_7", **{"memory.events": "oom 3\noom_kill 2\n", "memory.max": "max\n"})
+    assert found(two, contained=False) == str(tmp_path / "slurm" / "job_7")
+    assert launch.memory_report(str(tmp_path / "slurm" / "job_7")) == {
+        "kills": 2,
+        "limit_bytes": None,
+        "peak_bytes": None,
+    }
+    cgroup_files(
+        tmp_path / "memory",
+        **{
+            "memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
+            "memory.limit_in_bytes": "1000\n",
+            "memory.max_usage_in_bytes": "999\n",
+        },
+    )
+    # Inside a container the path is the host's, and the mount itself is the container's.
+    assert found(one, contained=True) == str(tmp_path / "memory")
+    assert found(one, contained=False) is None
+    assert launch.memory_report(str(tmp_path / "memory")) == {"kills": 1, "limit_bytes": 1000, "peak_bytes": 999}

@@ -45,7 +45,12 @@ def answers(**by_verb: tuple[int, str]) -> SlurmScheduler:
         assert timeout_s > 0
         return by_verb[argv[1]]
 
-    return SlurmScheduler({"SLURM_JOB_ID": "7"}, run=run)
+    now = [0.0]
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    return SlurmScheduler({"SLURM_JOB_ID": "7"}, run=run, clock=lambda: now[0], sleep=sleep)
 
 
 def test_silence_is_no_cause() -> None:
@@ -79,6 +84,32 @@ def test_requeue_succeeds_when_slurm_was_faster(answer: tuple[int, str], ok: boo
 def test_a_requeue_is_not_asked_for_when_it_would_undo_or_end_something(job: str, ok: bool, cancelled: bool) -> None:
     done = answers(show=(0, f"JobId=7 {job}")).requeue()
     assert (done.ok, done.cancelled) == (ok, cancelled)
+
+
+def test_a_slurmctld_that_restarts_is_waited_for_at_the_end_of_an_attempt() -> None:
+    now = [0.0]
+
+    def run(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
+        if now[0] < 20:
+            return 1, "slurm_requeue error: Unable to contact slurm controller (connect failure)"
+        return 0, "JobId=7 JobState=RUNNING Restarts=0"
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    assert SlurmScheduler({"SLURM_JOB_ID": "7"}, run=run, clock=lambda: now[0], sleep=sleep).requeue().ok
+    assert now[0] == 20
+
+
+def test_a_pause_before_the_next_attempt_is_told_to_slurm_after_the_requeue() -> None:
+    asked: list[list[str]] = []
+
+    def run(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
+        asked.append(list(argv))
+        return 0, "JobId=7 JobState=RUNNING Restarts=0"
+
+    assert SlurmScheduler({"SLURM_JOB_ID": "7"}, run=run).requeue(30).ok
+    assert asked[-2:] == [["scontrol", "requeue", "7"], ["scontrol", "update", "jobid=7", "starttime=now+30"]]
 
 
 def test_an_array_element_is_named_by_array_and_index() -> None:

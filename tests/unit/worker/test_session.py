@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import pytest
 
 from orchestrator.errors import CheckpointError, Fenced
+from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from orchestrator.states import ExitReason
@@ -168,15 +169,16 @@ def test_the_deadline_is_read_anew_because_a_second_signal_shortens_it(tmp_path:
     assert request.seconds_left() == 10 - DEADLINE_MARGIN_S
 
 
-def test_the_watchdog_acts_only_after_a_signal_and_the_deadline(tmp_path: Path) -> None:
+def test_the_watchdog_acts_at_the_deadline_though_no_handler_could_run(tmp_path: Path) -> None:
+    """A main thread that hangs in C runs no signal handler; the agent's deadline says that we were told to stop."""
     file = tmp_path / "deadline.json"
-    file.write_text('{"deadline": 0}')
-    request = StopRequest(file)
     missed = threading.Event()
-    watchdog = DeadlineWatchdog(request, missed.set)
+    watchdog = DeadlineWatchdog(StopRequest(file), missed.set)
     watchdog.start()
     assert not missed.wait(0.6)
-    request.signalled_at = time.time()
+    write_json(file, {"deadline": time.time() + 600})
+    assert not missed.wait(0.6)
+    write_json(file, {"deadline": time.time()})
     assert missed.wait(5)
     watchdog.join(5)
 
