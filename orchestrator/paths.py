@@ -86,6 +86,15 @@ class RunPaths:
     def tombstone(self) -> Path:
         return self.run_dir / "cancelled"
 
+    # --- owner: `orch preempt --verify`
+    @property
+    def drills(self) -> Path:
+        return self.run_dir / "drills"
+
+    def drill(self, attempt: int) -> Path:
+        """Certificate of the drill that stopped this attempt."""
+        return self.drills / f"drill-{attempt:03d}.json"
+
     # --- owner: rank 0
     @property
     def progress(self) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path
 from orchestrator.checkpoint.lineage import Fence, Lineage
 from orchestrator.checkpoint.manifest import CheckpointName, FileEntry, Manifest, parse_manifest
 from orchestrator.checkpoint.posix import PosixStore
-from orchestrator.checkpoint.protocol import CheckpointStore, Found, Skipped, Trace, take_over
+from orchestrator.checkpoint.protocol import CheckpointStore, Found, Reading, Skipped, Trace, take_over
 from orchestrator.errors import CheckpointError
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Lineage",
     "Manifest",
     "PosixStore",
+    "Reading",
     "Skipped",
     "Trace",
     "open_store",

@@ -38,7 +38,7 @@ from orchestrator.checkpoint.manifest import (
     Manifest,
     parse_manifest,
 )
-from orchestrator.checkpoint.protocol import Found, Skipped, Trace
+from orchestrator.checkpoint.protocol import Found, Reading, Skipped, Trace
 from orchestrator.checkpoint.stream import HashingWriter
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from orchestrator.files import fsync_dir, open_atomic, write_atomic
@@ -232,20 +232,30 @@ class PosixStore:
 
     # --- verifying
 
-    def _verify(self, manifest: Manifest) -> str | None:
+    def verify(self, manifest: Manifest, *, reading: Reading | None = None) -> str | None:
+        """See CheckpointStore.verify."""
+        try:
+            with self._translated("read"):
+                return self._verify(manifest, reading)
+        except _Collected as vanished:
+            raise CheckpointError(
+                f"{vanished} was removed while it was read", hint="checkpoint.keep_last says how many stay"
+            ) from None
+
+    def _verify(self, manifest: Manifest, reading: Reading | None = None) -> str | None:
         """What is wrong with the bytes of a checkpoint, or None. Raises _Collected."""
         for entry in manifest.files:
-            problem = self._verify_file(manifest, entry)
+            problem = self._verify_file(manifest, entry, reading)
             if problem is not None:
                 return problem
         return None
 
-    def _verify_file(self, manifest: Manifest, entry: FileEntry) -> str | None:
+    def _verify_file(self, manifest: Manifest, entry: FileEntry, reading: Reading | None) -> str | None:
         problem: str | None = None
         mismatches = 0
         for delay in (*_RETRY_DELAYS_S, None):
             try:
-                problem = _mismatch(self.directory / entry.name, entry)
+                problem = _mismatch(self.directory / entry.name, entry, reading)
             except OSError as error:
                 if manifest.name.manifest not in self._list():
                     raise _Collected(manifest.name.manifest) from error
@@ -644,7 +654,7 @@ def _is_older(skipped: Skipped, manifest: Manifest) -> bool:
     return name is not None and name < manifest.name
 
 
-def _mismatch(path: Path, entry: FileEntry) -> str | None:
+def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None) -> str | None:
     """How the file differs from its entry, read from the disk rather than from memory. Raises OSError."""
     with path.open("rb", buffering=0) as handle:
         # What was just written is still in the page cache; reading that back would prove nothing about the disk.
@@ -656,6 +666,8 @@ def _mismatch(path: Path, entry: FileEntry) -> str | None:
         buffer = memoryview(bytearray(_CHUNK_BYTES))
         while count := handle.readinto(buffer):
             digest.update(buffer[:count])
+            if reading is not None:
+                reading(count)
     if digest.hexdigest() != entry.sha256:
         return f"the content of {entry.name} does not match its hash"
     return None

@@ -11,6 +11,9 @@ from orchestrator.checkpoint.lineage import Fence
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 
+Reading = Callable[[int], None]
+"""Called with the number of bytes just read."""
+
 Trace = Callable[[str], None]
 """Called with the name of every operation just before it is done: chaos tests stop or kill the process there."""
 
@@ -77,6 +80,13 @@ class CheckpointStore(Protocol):
 
     def manifests(self) -> list[Manifest]:
         """Live checkpoints, newest first. Their bytes are not verified and nothing is changed."""
+        ...
+
+    def verify(self, manifest: Manifest, *, reading: Reading | None = None) -> str | None:
+        """Read the bytes of a committed checkpoint again: what does not match its manifest, or None. Changes nothing.
+
+        Raises CheckpointError when it was removed meanwhile, or the store cannot be read.
+        """
         ...
 
     def collect_garbage(self, fence: Fence, *, keep_last: int, trace: Trace | None = None) -> list[str]:

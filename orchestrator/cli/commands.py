@@ -260,9 +260,12 @@ def cancel(run: str, root: Path | None, as_json: bool) -> None:
     out.line((result.run_id, "bold"), f"  {words}.{more}")
 
 
-def preempt(run: str, root: Path | None, *, watch: bool, timeout: str, as_json: bool) -> None:
+def preempt(run: str, root: Path | None, *, watch: bool, verify: bool, timeout: str, as_json: bool) -> None:
     limit_s = seconds(timeout, "--timeout")
     result = operations.preempt(run, root=root)
+    if verify:
+        _verify(result, limit_s, as_json)
+        return
     if as_json:
         out.json_document(result.as_json())
         return
@@ -272,6 +275,31 @@ def preempt(run: str, root: Path | None, *, watch: bool, timeout: str, as_json: 
         return
     if not _narrate(result, limit_s):
         raise typer.Exit(DID_NOT_SUCCEED)
+
+
+def _verify(drill: Signalled, limit_s: float, as_json: bool) -> None:
+    """The drill with a certificate at its end; the story is for people only."""
+    if as_json:
+        certificate = operations.verify_drill(drill, timeout_s=limit_s)
+        out.json_document(certificate.as_json())
+    else:
+        from orchestrator.cli.view import certificate_lines
+
+        print(f"signalled (SIG{drill.signal})", end="", flush=True)
+        certificate = operations.verify_drill(
+            drill, timeout_s=limit_s, tell=_tell_verified, reading=out.Bar("reading the checkpoint again")
+        )
+        print()
+        out.lines(certificate_lines(certificate))
+    if not certificate.passed:
+        raise typer.Exit(DID_NOT_SUCCEED)
+
+
+def _tell_verified(news: DrillNews) -> None:
+    if news.kind == "stepped":
+        print(f" … step {out.count(news.step or 0)}", end="", flush=True)
+    elif news.kind not in ("ended", "time_up"):  # the certificate says it better
+        print(_tell(news)[0], end="", flush=True)
 
 
 def _narrate(drill: Signalled, limit_s: float) -> bool:

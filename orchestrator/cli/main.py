@@ -170,6 +170,9 @@ def preempt(
     watch: Annotated[
         bool, typer.Option("--wait/--no-wait", help="Watch the drill until the run goes on (not with --json).")
     ] = True,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Certify it: wait for the next attempt's first step; exit 1 on a failure.")
+    ] = False,
     timeout: Annotated[str, typer.Option("--timeout", help="Stop watching after this long.")] = "10m",
     root: Root = None,
     as_json: Json = False,
@@ -177,7 +180,9 @@ def preempt(
     """A fire drill: send the preemption signal to a running job and see whether it is safe."""
     from orchestrator.cli import commands
 
-    commands.preempt(run, root, watch=watch, timeout=timeout, as_json=as_json)
+    if verify and not watch:
+        raise typer.BadParameter("--verify has to watch; leave --no-wait out")
+    commands.preempt(run, root, watch=watch, verify=verify, timeout=timeout, as_json=as_json)
 
 
 @app.command()

@@ -118,3 +118,23 @@ def _row(cells: Sequence[Segment], widths: Sequence[int], room: int | None) -> L
 def terminal_width() -> int | None:
     """Columns of the terminal that stdout is; None for a file or a pipe, which get everything."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+
+
+class Bar:
+    """A progress bar on stderr, for work of a known size; silent where stderr is no terminal."""
+
+    def __init__(self, label: str, *, width: int = 30) -> None:
+        self._label, self._width = label, width
+        self._done, self._shown = 0, -1
+
+    def __call__(self, count: int, total: int) -> None:
+        """`count` more of `total` is done."""
+        self._done += count
+        percent = 100 if total <= 0 else min(100, 100 * self._done // total)
+        if not sys.stderr.isatty() or percent == self._shown:
+            return
+        self._shown = percent
+        full = self._width * percent // 100
+        end = "\n" if percent == 100 else ""
+        bar = "#" * full + "." * (self._width - full)
+        print(f"\r{self._label}  [{bar}] {percent:3d} %", end=end, file=sys.stderr, flush=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from orchestrator.cli.out import STATE_STYLES, Line, Segment, count, duration, size
-from orchestrator.operations.results import Attempt, RunRow, RunStatus
+from orchestrator.operations.results import Attempt, Certificate, RunRow, RunStatus, Told
 from orchestrator.operations.sparklines import Trend
+from orchestrator.paths import RunPaths
 from orchestrator.states import ExitReason, JobState
 
 
@@ -20,6 +22,8 @@ def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None =
     content += [_attempt(attempt, status, now) for attempt in status.attempts]
     if status.last_checkpoint is not None:
         content.append(_checkpoint(status, now))
+    if status.drill is not None:
+        content.append(_drill(status.drill, now))
     shown = list(trends)
     widest = max((len(trend.name) for trend in shown), default=0)
     content += [_trend(trend, widest) for trend in shown]
@@ -96,6 +100,67 @@ def _checkpoint(status: RunStatus, now: float) -> Line:
     if checkpoint.path:
         parts.append(checkpoint.path)
     return [(f"  checkpoint  {', '.join(parts)}", "")]
+
+
+def _drill(certificate: Mapping[str, Any], now: float) -> Line:
+    """One line about the newest certificate, whatever version wrote it."""
+    ago = f"{duration(now - float(certificate['time']))} ago"
+    if certificate.get("verdict") == "PASS":
+        used, given = certificate.get("grace_used_s") or 0.0, certificate.get("grace_s") or 0.0
+        lost = certificate.get("steps_lost") or 0
+        return [
+            ("  drill       ", ""),
+            ("passed", "green"),
+            (f" {ago}: {used:.1f} s of {given:.0f} s used, {lost} steps lost", ""),
+        ]
+    why = next(iter(certificate.get("reasons") or ()), "")
+    return [("  drill       ", ""), ("failed", "bold red"), (f" {ago}: {why}", "")]
+
+
+def certificate_lines(shown: Certificate) -> list[Line]:
+    """What `orch preempt --verify` says at the end."""
+    verdict: Segment = ("drill passed", "bold green") if shown.passed else ("drill FAILED", "bold red")
+    facts = [(name, text) for name, text in _facts(shown) if text is not None]
+    content: list[Line] = [[(shown.run_id, "bold"), ("   ", ""), verdict]]
+    content += [
+        [(f"  {'because' if number == 0 else '':<13}{reason}", "")] for number, reason in enumerate(shown.reasons)
+    ]
+    content += [[(f"  {name:<13}{text}", "")] for name, text in facts]
+    written = RunPaths(shown.run_dir).drill(shown.attempt)
+    return [*content, [(f"  {'certificate':<13}{written}", "dim")]]
+
+
+def _facts(shown: Certificate) -> Iterable[tuple[str, str | None]]:
+    """Name and words of everything that was seen; None for what was not."""
+    yield "told", "; ".join(_told(told) for told in shown.told) or "nobody"
+    yield "time used", _used(shown)
+    saved = None if shown.step_saved is None else f"step {count(shown.step_saved)}"
+    if saved is not None and shown.save_s is not None:
+        saved += f" in {shown.save_s:.1f} s"
+    if saved is not None and shown.size_bytes is not None:
+        saved += f", {size(shown.size_bytes)}"
+    yield "saved", saved
+    yield "requeued", None if shown.requeue_wait_s is None else f"started again after {shown.requeue_wait_s:.1f} s"
+    resumed = None if shown.step_resumed is None else f"from step {count(shown.step_resumed)}"
+    if resumed is not None and shown.steps_lost is not None:
+        resumed += f", {count(shown.steps_lost)} steps lost" + (" (exact)" if shown.exact else "")
+    yield "resumed", resumed
+    started = None if shown.startup_s is None else f"{shown.startup_s:.1f} s to step {count(shown.step_made or 0)}"
+    yield "started up", started
+    yield "checkpoint", f"verified, {shown.checkpoint}" if shown.verified else None
+
+
+def _told(told: Told) -> str:
+    cause = "" if told.cause is None else f", {told.cause.replace('_', ' ')}"
+    return f"{told.node} ({'+'.join(told.signals)}{cause})"
+
+
+def _used(shown: Certificate) -> str | None:
+    if shown.grace_s is None:
+        return None
+    if shown.grace_used_s is None:
+        return f"all of {shown.grace_s:.0f} s"
+    return f"{shown.grace_used_s:.1f} s of {shown.grace_s:.0f} s"
 
 
 def _trend(trend: Trend, width: int) -> Line:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
+    from orchestrator.operations.drill import verify_drill
     from orchestrator.operations.images import lock_image
     from orchestrator.operations.precheck import validate
     from orchestrator.operations.submission import plan_of, submit
@@ -23,6 +24,7 @@ _HOMES = {
     "images": ("lock_image",),
     "tail": ("logs",),
     "describe": ("ps", "status"),
+    "drill": ("verify_drill",),
     "submission": ("plan_of", "submit"),
     "precheck": ("validate",),
     "waiting": ("wait",),
@@ -41,6 +43,7 @@ __all__ = [
     "status",
     "submit",
     "validate",
+    "verify_drill",
     "wait",
 ]
 

@@ -11,6 +11,7 @@ from orchestrator.backends import open_backend
 from orchestrator.backends.base import Backend, JobHandle, JobStatus
 from orchestrator.backends.squeue import expand_nodes
 from orchestrator.errors import BackendError, RegistryError
+from orchestrator.files import read_json
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Attempt, CheckpointRef, Progress, RunRow, RunStatus
 from orchestrator.operations.roots import find_run, known_roots, run_names
@@ -85,6 +86,7 @@ def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunS
         attempts=attempts,
         events=record.events,
         warnings=(*warnings, *record.problems),
+        drill=_newest_drill(record.paths),
     )
 
 
@@ -123,6 +125,20 @@ def _resumed_from(record: Record) -> dict[str, Any] | None:
         "path": event.get("checkpoint"),
         "skipped": list(event.get("skipped") or ()),
     }
+
+
+def _newest_drill(paths: RunPaths) -> dict[str, Any] | None:
+    """The newest certificate; a file that is none is not worth losing a status for."""
+    certificates = (_certificate(path) for path in sorted(paths.drills.glob("drill-*.json"), reverse=True))
+    return next((certificate for certificate in certificates if certificate is not None), None)
+
+
+def _certificate(path: Path) -> dict[str, Any] | None:
+    try:
+        value = read_json(path)
+    except (OSError, RegistryError):
+        return None
+    return value if isinstance(value, dict) and _float(value.get("time")) is not None else None
 
 
 def _attempts(record: Record, standing: Standing) -> tuple[Attempt, ...]:

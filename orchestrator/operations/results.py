@@ -106,6 +106,7 @@ class RunStatus:
     attempts: tuple[Attempt, ...]
     events: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...] = ()
+    drill: dict[str, Any] | None = None  # the certificate of the newest drill
 
     @property
     def succeeded(self) -> bool:
@@ -124,6 +125,7 @@ class RunStatus:
             "progress": self.progress.as_json(),
             "last_checkpoint": None if self.last_checkpoint is None else self.last_checkpoint.as_json(),
             "resumed_from": self.resumed_from,
+            "drill": self.drill,
             "events": list(self.events),
         }
 
@@ -192,6 +194,58 @@ class Signalled:
             "signal": self.signal,
             "attempt": self.attempt,
         }
+
+
+@dataclass(frozen=True)
+class Told:
+    """One node's agent, as it was told to stop. `at` and `deadline` are unix seconds on that node's clock."""
+
+    node: str
+    signals: tuple[str, ...]
+    cause: str | None
+    at: float
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a drill has shown about one job on one cluster. Seconds and bytes; None where it was not seen."""
+
+    run_id: str
+    run_dir: Path
+    job_id: str
+    signal: str
+    time: float
+    attempt: int
+    reasons: tuple[str, ...]  # why it failed, in words; empty when it passed
+    told: tuple[Told, ...]
+    grace_used_s: float | None = None
+    grace_s: float | None = None
+    save_s: float | None = None
+    size_bytes: int | None = None
+    step_saved: int | None = None
+    next_attempt: int | None = None
+    requeue_wait_s: float | None = None
+    startup_s: float | None = None
+    step_resumed: int | None = None
+    step_made: int | None = None
+    steps_lost: int | None = None
+    checkpoint: str | None = None
+    verified: bool = False
+    verify_s: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return not self.reasons
+
+    @property
+    def exact(self) -> bool:
+        """True when the next attempt went on at the very step at which this one had stopped."""
+        return self.step_resumed is not None and self.step_resumed == self.step_saved
+
+    def as_json(self) -> dict[str, Any]:
+        fields = {**asdict(self), "run_dir": str(self.run_dir), "exact": self.exact}
+        return {"version": 1, "verdict": "PASS" if self.passed else "FAIL", **fields}
 
 
 @dataclass(frozen=True)

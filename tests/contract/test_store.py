@@ -390,3 +390,28 @@ def test_a_path_is_made_absolute_and_nothing_is_created(tmp_path: Path, monkeypa
     assert open_store("a/b").uri == str(tmp_path / "a" / "b")
     assert open_store("file:///x/a%20b").uri == "/x/a b"
     assert list(tmp_path.iterdir()) == []
+
+
+# --- reading again
+
+
+def test_verify_says_what_is_wrong_and_changes_nothing(store: CheckpointStore) -> None:
+    manifest = save(store, store.open_epoch(attempt=0, base=None), 10)
+    read = list[int]()
+    assert store.verify(manifest, reading=read.append) is None
+    assert sum(read) == manifest.size_bytes
+    damage(manifest)
+    problem = store.verify(manifest)
+    assert problem is not None
+    assert "does not match its hash" in problem
+    assert steps(store) == [10]
+    manifest.path.write_bytes(b"short")
+    assert "has 5 bytes" in str(store.verify(manifest))
+
+
+def test_verify_of_a_checkpoint_that_was_collected_meanwhile(store: CheckpointStore) -> None:
+    manifest = save(store, store.open_epoch(attempt=0, base=None), 10)
+    manifest.path.unlink()
+    (manifest.path.parent / manifest.name.manifest).unlink()
+    with pytest.raises(CheckpointError, match="removed while it was read"):
+        store.verify(manifest)

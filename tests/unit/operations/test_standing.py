@@ -143,11 +143,12 @@ def test_status_as_json_has_exactly_the_documented_keys(world: World) -> None:
     document = world.status(run).as_json()
     assert list(document) == [
         "run_id", "run_dir", "state", "exit_reason", "attempt", "job_id", "alive", "progress", "last_checkpoint",
-        "resumed_from", "events",
+        "resumed_from", "drill", "events",
     ]  # fmt: skip
     assert document["progress"] == {"step": 42, "epoch": 1, "max_steps": 100}
     assert document["last_checkpoint"] == {"step": 40, "path": "/ckpt/step-40"}
     assert document["resumed_from"] is None
+    assert document["drill"] is None
     assert document["exit_reason"] is None
     assert [event["event"] for event in document["events"]][:2] == ["action", "submitted"]
 
