@@ -74,6 +74,28 @@ def site(as_json: bool) -> None:
         out.line((f"  {key:<10} ", "bold"), "not set" if value is None else str(value), (f"   {meaning}", "dim"))
 
 
+def doctor(
+    spec: Path | None,
+    sets: Sequence[str],
+    root: Path | None,
+    *,
+    node: bool,
+    partition: str | None,
+    timeout: str,
+    as_json: bool,
+) -> None:
+    start_s = seconds(timeout, "--timeout")
+    result = operations.doctor(spec, overrides=sets, root=root, node=node, partition=partition, start_s=start_s)
+    if as_json:
+        out.json_document(result.as_json())
+    else:
+        from orchestrator.cli.view import examined_lines
+
+        out.lines(examined_lines(result, marks=out.marks()))
+    if not result.ok:
+        raise typer.Exit(result.exit_code)
+
+
 def submit(
     spec: Path,
     sets: Sequence[str],

@@ -86,6 +86,24 @@ def site(as_json: Json = False) -> None:
 
 
 @app.command()
+def doctor(
+    spec: Annotated[Path | None, typer.Argument(help="Spec file; else what the site profile and defaults say.")] = None,
+    node: Annotated[bool, typer.Option("--node", help="Look at a compute node, too, by a short job.")] = False,
+    partition: Annotated[str | None, typer.Option("--partition", help="Partition, instead of the spec's.")] = None,
+    root: Root = None,
+    timeout: Annotated[str, typer.Option("--timeout", help="How long the job of --node may wait to start.")] = "2m",
+    sets: Sets = None,
+    as_json: Json = False,
+) -> None:
+    """What this cluster will do to a run: which signal arrives where, how long a save may take, what to change."""
+    from orchestrator.cli import commands
+
+    if spec is None and sets:
+        raise typer.BadParameter("--set changes a spec: name one")
+    commands.doctor(spec, sets or [], root, node=node, partition=partition, timeout=timeout, as_json=as_json)
+
+
+@app.command()
 def submit(
     spec: Spec,
     sets: Sets = None,

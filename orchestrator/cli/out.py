@@ -65,6 +65,16 @@ def _fancy() -> bool:
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
+def marks() -> tuple[str, str, str]:
+    """Good, to be known, wrong: signs where the encoding of stdout has them, else words in ASCII."""
+    signs = ("✔", "!", "✘")
+    try:
+        "".join(signs).encode(sys.stdout.encoding or "ascii")
+    except (UnicodeEncodeError, LookupError):
+        return ("ok", "!", "x")
+    return signs
+
+
 def tolerate_any_text() -> None:
     """A run id or path that this terminal's encoding lacks is shown with a replacement, not a crash."""
     for stream in (sys.stdout, sys.stderr):

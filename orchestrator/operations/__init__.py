@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orchestrator.operations.checkup.examine import doctor
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
     from orchestrator.operations.drill import verify_drill
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from orchestrator.operations.waiting import wait
 
 _HOMES = {
+    "checkup.examine": ("doctor",),
     "control": ("cancel", "preempt", "resume", "resume_all"),
     "images": ("lock_image",),
     "tail": ("logs",),
@@ -33,6 +35,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "cancel",
+    "doctor",
     "lock_image",
     "logs",
     "plan_of",

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # The login environment does not leak into jobs (`--export=ALL` would); these few are needed to find programs and the
 # engine. SLURM_* always travel.
-_EXPORTED = (
+EXPORTED = (
     "DOCKER_HOST",
     "HOME",
     "LANG",
@@ -196,7 +196,7 @@ def sbatch_directives(spec: JobSpec, paths: RunPaths, token: str) -> list[str]:
         "output": _log_path(str(paths.scheduler_log)),
         "open-mode": "append",  # a requeued job would truncate the log of its earlier attempts
         "chdir": "/",  # the directory of submission may be gone by then
-        "export": ",".join(_EXPORTED),
+        "export": ",".join(EXPORTED),
         "requeue": True,
         "signal": f"B:{spec.preemption.signal}@{int(spec.preemption.lead_time)}",
         "nodes": resources.nodes,
