@@ -60,7 +60,7 @@ def _preempted_by_qos(target: Target, answers: ClusterAnswers) -> Preempted:
     row = table.get(name, {})
     mode = row.get("PreemptMode", "cluster")
     above = tuple(f"QOS {other}" for other, fields in table.items() if name in words(fields.get("Preempt")))
-    unknown = ("jobs of a QOS that may preempt yours",) if not table else ()
+    unknown = ("a QOS that may preempt yours",) if not table else ()
     chosen = answers.config.get("PreemptMode") if mode in ("", "cluster") else mode
     return Preempted(_mode(chosen), seconds(row.get("GraceTime")) or 0, above or unknown)
 
@@ -123,14 +123,17 @@ def _version(config: Fields) -> Finding:
     parts = text.split(".")
     if len(parts) >= 2 and parts[0].isdigit() and parts[1].isdigit() and (int(parts[0]), int(parts[1])) >= _OLDEST:
         return Finding("slurm", Level.OK, message)
-    return Finding("slurm", Level.WARN, f"{message}: orch is tested with 22.05 to 24.11", "drill: orch preempt RUN")
+    return Finding(
+        "slurm", Level.WARN, f"{message}: orch was tested with none older than 22.05", "drill: orch preempt RUN"
+    )
 
 
 def _partition_findings(name: str, partition: Fields, target: Target, answers: ClusterAnswers) -> Iterator[Finding]:
     rule = preempted(partition, target, answers)
     kill_wait_s = seconds(answers.config.get("KillWait")) or 0
     default = "" if target.partitions else " (the default)"
-    heading = f"partition `{name}`{default} · PreemptMode={rule.mode} · GraceTime={rule.grace_s} s"
+    by_qos = f" · QOS `{own_qos(target, answers)}`" if answers.config.get("PreemptType", "").endswith("/qos") else ""
+    heading = f"partition `{name}`{default}{by_qos} · PreemptMode={rule.mode} · GraceTime={rule.grace_s} s"
     state = partition.get("State", "UP")
     if state == "UP":
         yield Finding("partition", Level.OK, f"{heading} · KillWait={kill_wait_s} s")
@@ -160,7 +163,7 @@ def _who_is_told(name: str, rule: Preempted, target: Target, config: Fields) -> 
         elif config.get("PreemptType", "").endswith("/qos"):
             why = "no QOS may preempt yours" if rule.mode != "OFF" else why
         return Finding("preemption", Level.OK, f"jobs of `{name}` are not preempted ({why})")
-    by = f"jobs of `{name}` can be preempted by {listed(rule.by)}"
+    by = f"jobs of `{name}` can be preempted by those of {listed(rule.by)}"
     if rule.mode == "SUSPEND":
         return _suspended(by, target)
     forwarded = "preempt_send_user_signal" in words(config.get("SlurmctldParameters"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Mapping
@@ -32,7 +31,6 @@ class NodeFacts:
     gpus_counted: int  # by Slurm
     gpus_named: tuple[str, ...]  # which ones, in the words of CUDA_VISIBLE_DEVICES
     gpus_seen: int | None
-    open_files: int
 
 
 def probe_node(meeting: Path, nonce: str, environ: Mapping[str, str], *, node_dir_error: str) -> NodeFacts:
@@ -49,7 +47,6 @@ def probe_node(meeting: Path, nonce: str, environ: Mapping[str, str], *, node_di
         gpus_counted=int(environ.get("SLURM_GPUS_ON_NODE") or 0),
         gpus_named=_gpus_named(environ),
         gpus_seen=_gpus_seen(),
-        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     )
 
 

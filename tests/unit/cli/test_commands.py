@@ -16,6 +16,7 @@ from orchestrator.cli import failures, out
 from orchestrator.cli.main import main
 from orchestrator.files import write_json
 from orchestrator.operations import describe
+from orchestrator.operations.checkup.findings import Examined, Family, Finding, Level, SaveSeconds
 from tests.unit.cli.conftest import Cli, World
 
 COMMANDS = [
@@ -23,6 +24,7 @@ COMMANDS = [
     "validate",
     "schema",
     "site",
+    "doctor",
     "submit",
     "status",
     "ps",
@@ -474,3 +476,42 @@ def test_an_unwritable_state_directory_does_not_hide_a_bug(
     monkeypatch.setattr(describe, "find_run", lambda *arguments: 1 / 0)
     assert main(["status", "x"]) == failures.CRASHED
     assert "ORCH_DEBUG=1" in capsys.readouterr().err
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+def test_doctor_tells_level_words_and_fix(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    findings = (
+        Finding("slurm", Level.OK, "Slurm 24.11"),
+        Finding("caches", Level.WARN, "small", "set caches", Family.DISK),
+        Finding("root", Level.BAD, "full", "make room", Family.DISK),
+    )
+    asked: dict[str, object] = {}
+
+    def doctor(spec: Path | None, **options: object) -> Examined:
+        asked.update(options, spec=spec)
+        return Examined(findings, SaveSeconds(60, 120, 30))
+
+    monkeypatch.setattr(operations, "doctor", doctor, raising=False)
+    said = cli("doctor", "--node", "--partition", "p", "--timeout", "5m")
+    assert said.code == 6
+    assert said.out.splitlines() == [
+        "  ✔ slurm  Slurm 24.11",
+        "  ! caches small",
+        "           do: set caches",
+        "  ✘ root   full",
+        "           do: make room",
+        "1 wrong, 1 to be known",
+    ]
+    assert (asked["node"], asked["partition"], asked["start_s"], asked["spec"]) == (True, "p", 300.0, None)
+    said = cli("doctor", "--json")
+    assert (said.code, said.document["ok"]) == (6, False)
+    assert said.document["save_seconds"] == {"preemption": 60, "time_limit": 120, "requeue_by_admin": 30}
+
+
+def test_doctor_set_needs_a_spec(cli: Cli) -> None:
+    assert cli("doctor", "--set", "name=x").code == 2
+
+
+def test_marks_fall_back_to_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    assert out.marks() == ("ok", "!", "x")

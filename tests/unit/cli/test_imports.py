@@ -47,7 +47,9 @@ def test_status_of_a_run_imports_nothing_slow(world: World) -> None:
         assert not names & (NEVER | SLOW), arguments
 
 
-@pytest.mark.parametrize("command", ["validate {spec}", "submit {spec} --dry-run", "schema", "site", "submit {spec}"])
+@pytest.mark.parametrize(
+    "command", ["validate {spec}", "doctor {spec}", "submit {spec} --dry-run", "schema", "site", "submit {spec}"]
+)
 def test_no_command_imports_torch(world: World, command: str) -> None:
     _, names = imported(*command.format(spec=world.spec).split())
     assert not names & NEVER
