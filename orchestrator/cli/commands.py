@@ -89,7 +89,7 @@ def doctor(
     if as_json:
         out.json_document(result.as_json())
     else:
-        from orchestrator.cli.view import examined_lines
+        from orchestrator.cli.examined import examined_lines
 
         out.lines(examined_lines(result, marks=out.marks()))
     if not result.ok:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.cli.out import STATE_STYLES, Line, Segment, count, duration, size
-from orchestrator.operations.checkup.findings import Examined, Level
 from orchestrator.operations.results import Attempt, Certificate, RunRow, RunStatus, Told
 from orchestrator.operations.sparklines import Trend
 from orchestrator.paths import RunPaths
@@ -204,24 +203,3 @@ def row_of(row: RunRow, now: float) -> list[Segment]:
 
 
 PS_HEADING = ("RUN", "STATE", "ATTEMPT", "JOB", "STEP", "SUBMITTED", "")
-
-
-# --- orch doctor ------------------------------------------------------------------------------------------------------
-_LEVEL_STYLES = {Level.OK: "green", Level.WARN: "yellow", Level.BAD: "bold red"}
-
-
-def examined_lines(result: Examined, marks: tuple[str, str, str]) -> list[Line]:
-    """The findings in their order, each fix below its finding, and the sum."""
-    mark = dict(zip(Level, marks, strict=True))
-    widest = max(len(word) for word in marks)
-    column = max((len(finding.topic) for finding in result.findings), default=0)
-    content: list[Line] = []
-    for finding in result.findings:
-        sign = (f"  {mark[finding.level]:<{widest}} ", _LEVEL_STYLES[finding.level])
-        content.append([sign, (f"{finding.topic:<{column}} ", "dim"), (finding.message, "")])
-        if finding.fix is not None:
-            content.append([(f"{'':{widest + column + 4}}do: {finding.fix}", "dim")])
-    bad, known = (sum(finding.level is level for finding in result.findings) for level in (Level.BAD, Level.WARN))
-    verdict = f"{bad} wrong, {known} to be known" if bad else f"nothing is wrong, {known} to be known"
-    content.append([(verdict, "bold red" if bad else "bold green")])
-    return content
