@@ -11,7 +11,7 @@ from tests.cluster.service import ClusterError
 
 
 def main() -> int:
-    """Options are the supervisor's (`--no-accounting`, `--no-docker`, `--no-image`, `--directory DIR`)."""
+    """Options are the supervisor's (`--slurm 24.11`, `--no-accounting`, `--no-docker`, `--no-image`, …)."""
     reason = why_not()
     if reason is not None:
         print(f"make cluster: {reason}", file=sys.stderr)
@@ -25,7 +25,7 @@ def main() -> int:
         print(f"# The cluster is up in {cluster.directory} (logs in log/); in another shell:")
         print(show_environment(cluster), end="")
         print(f"export ORCH_TEST_CLUSTER={cluster.directory}   # pytest then uses this cluster")
-        print(f"# image: {cluster.image}\n# Ctrl-C ends it.", flush=True)
+        print(f"# Slurm {cluster.slurm_version}, image: {cluster.image}\n# Ctrl-C ends it.", flush=True)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         cluster.hold()
         print("# the cluster has ended by itself", flush=True)

@@ -22,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
+def _release() -> list[str]:
+    """ORCH_TEST_SLURM=24.11: that Slurm instead of the machine's."""
+    named = os.environ.get("ORCH_TEST_SLURM")
+    return ["--slurm", named] if named else []
+
+
 @pytest.fixture(scope="session")
 def cluster_session() -> Iterator[Cluster]:
     """The cluster itself: the one that ORCH_TEST_CLUSTER names (a directory), else a new one that ends with the run."""
@@ -30,7 +36,7 @@ def cluster_session() -> Iterator[Cluster]:
         return
     if reason := why_not():
         pytest.skip(reason)
-    started = Cluster.start()
+    started = Cluster.start(*_release())
     try:
         yield started
     finally:
@@ -54,7 +60,7 @@ def orch(cluster: Cluster, tmp_path: Path) -> Orch:
 def _plain_session() -> Iterator[Cluster]:
     if reason := why_not():
         pytest.skip(reason)
-    started = Cluster.start("--no-accounting", "--no-docker")
+    started = Cluster.start("--no-accounting", "--no-docker", *_release())
     try:
         yield started
     finally:

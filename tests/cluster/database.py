@@ -53,8 +53,8 @@ def database(directory: Path, port: int, env: Mapping[str, str]) -> Service:
     )  # fmt: skip
 
 
-def accounting(directory: Path, *, port: int, database_port: int, env: Mapping[str, str]) -> Service:
-    """slurmdbd; the cluster registers itself when slurmctld connects."""
+def accounting(directory: Path, *, port: int, database_port: int, env: Mapping[str, str], extra: str) -> Service:
+    """slurmdbd; the cluster registers itself when slurmctld connects. `extra`: one more line of slurmdbd.conf."""
     conf = directory / "slurmdbd.conf"
     conf.touch(mode=0o600)  # slurmdbd refuses a file that others may read: it holds a password
     conf.write_text(
@@ -62,7 +62,7 @@ def accounting(directory: Path, *, port: int, database_port: int, env: Mapping[s
         f"DbdHost={socket.gethostname().partition('.')[0]}\nDbdAddr=127.0.0.1\nDbdPort={port}\nSlurmUser={_me()}\n"
         "StorageType=accounting_storage/mysql\nStorageHost=127.0.0.1\n"
         f"StoragePort={database_port}\nStorageUser=slurm\nStoragePass={(directory / 'database.password').read_text()}\n"
-        f"StorageLoc=slurm_acct_db\nLogFile={directory}/log/slurmdbd.log\nPidFile={directory}/slurmdbd.pid\n"
+        f"StorageLoc=slurm_acct_db\nLogFile={directory}/log/slurmdbd.log\nPidFile={directory}/slurmdbd.pid\n{extra}\n"
     )
     return Service(
         name="slurmdbd",

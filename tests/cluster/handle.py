@@ -39,6 +39,8 @@ class Cluster:
         self.nodes: tuple[str, ...] = tuple(description["nodes"])
         self.accounting: bool = description["accounting"]
         self.image: str | None = description["image"]
+        self.slurm_version = ".".join(description["slurm_version"].split(".")[:2])
+        """The release: "22.05", "24.11"."""
         self.overrides: dict[str, str] = dict(description["env"])
         self._process = process
 

@@ -162,7 +162,8 @@ def node(directory: Path, name: str, env: Mapping[str, str], *, settings: Mappin
     port = int(settings[f"NodeName={name}"].partition(" Port=")[2].split()[0])
     return Service(
         name=name,
-        argv=["slurmd", "-D", "-N", name],
+        # The path of slurmstepd is compiled in; this one is of the same release as slurmd.
+        argv=["slurmd", "-D", "-N", name, "-d", shutil.which("slurmstepd", path=env["PATH"]) or "slurmstepd"],
         env=env,
         log=directory / "log" / f"{name}.out",
         ready=lambda: (

@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.cluster import database, engine, image, slurm
+from tests.cluster import database, engine, image, release, slurm
 from tests.cluster.service import (
     ClusterError,
     Service,
@@ -38,13 +38,21 @@ class Supervisor:
     """Starts, answers for and ends the daemons of one cluster."""
 
     def __init__(
-        self, directory: Path, *, accounting: bool, docker: bool, with_image: bool, settings: list[str]
+        self,
+        directory: Path,
+        *,
+        accounting: bool,
+        docker: bool,
+        with_image: bool,
+        settings: list[str],
+        slurm_release: str | None,
     ) -> None:
         self.directory = directory
         self.accounting = accounting
         self.docker = docker
         self.with_image = with_image
         self.settings = slurm.by_name(settings)
+        self.slurm_release = slurm_release
         self.changes: list[str] = []
         self.services: dict[str, Service] = {}
         self.bridge: str | None = None
@@ -65,6 +73,8 @@ class Supervisor:
         adopt_orphans()
         self.directory.chmod(0o755)
         (self.directory / "log").mkdir()
+        if self.slurm_release is not None:
+            self._install_slurm(self.slurm_release)
         if self.docker:
             self._start_engine()
         self._up(slurm.start_munge(self.directory, self.env))
@@ -81,6 +91,13 @@ class Supervisor:
         self._start_nodes()
         if self.docker:
             self._finish_engine()
+
+    def _install_slurm(self, wanted: str) -> None:
+        """Another release than the machine's: found first on PATH by daemons, tests and jobs."""
+        tree = self.directory / "slurm"
+        release.install(wanted, tree)
+        self.env["PATH"] = f"{tree}/bin:{self.env['PATH']}"
+        self.settings["PluginDir"] = f"PluginDir={release.plugins(tree)}"
 
     def _write_conf(self) -> None:
         slurm.write_conf(self.directory, {**self.settings, **slurm.by_name(self.changes)})
@@ -115,7 +132,15 @@ class Supervisor:
         database_port, dbd_port = free_port(ports), free_port(ports)
         self._up(database.database(self.directory, database_port, self.env))
         # slurmdbd reads the location of its own file from that of slurm.conf, which need not exist yet.
-        self._up(database.accounting(self.directory, port=dbd_port, database_port=database_port, env=self.env))
+        self._up(
+            database.accounting(
+                self.directory,
+                port=dbd_port,
+                database_port=database_port,
+                env=self.env,
+                extra=self.settings.get("PluginDir", ""),
+            )
+        )
         return dbd_port
 
     def _start_engine(self) -> None:
@@ -142,13 +167,19 @@ class Supervisor:
 
     def describe(self) -> dict[str, Any]:
         """What a client needs; written to cluster.json."""
+        env = {"SLURM_CONF": self.env["SLURM_CONF"]}
+        if self.docker:
+            env["DOCKER_HOST"] = self.env["DOCKER_HOST"]
+        if self.slurm_release is not None:
+            env["PATH"] = self.env["PATH"]
         return {
             "directory": str(self.directory),
             "supervisor": os.getpid(),
             "accounting": self.accounting,
             "nodes": list(slurm.NODES),
             "image": self.image,
-            "env": {key: self.env[key] for key in ("SLURM_CONF", "DOCKER_HOST") if self.docker or key != "DOCKER_HOST"},
+            "slurm_version": call(["scontrol", "--version"], env=self.env, timeout=10).stdout.split()[1],
+            "env": env,
         }
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +274,7 @@ def main() -> int:
     parser.add_argument("--no-accounting", action="store_true")
     parser.add_argument("--no-docker", action="store_true")
     parser.add_argument("--no-image", action="store_true")
+    parser.add_argument("--slurm", metavar="RELEASE", help="another release than the machine's, e.g. 24.11")
     parser.add_argument("--setting", action="append", default=[], help="a line of slurm.conf instead of the default")
     options = parser.parse_args()
     # Short on purpose: a socket's path may have 107 characters, and the engine nests its own below ours.
@@ -254,6 +286,7 @@ def main() -> int:
         docker=not options.no_docker,
         with_image=not options.no_image,
         settings=options.setting,
+        slurm_release=options.slurm,
     )
     # A signal during the start must still end what has been started.
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

@@ -49,8 +49,9 @@ def test_settings_of_a_test_are_taken_by_every_daemon_while_jobs_run_and_end_wit
     cluster: Cluster, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    job = cluster.sbatch("--nodes=2", wrap=f"srun --ntasks-per-node=1 sh -c 'sleep 8; echo end >> {log}'")
-    cluster.wait_state(job, "RUNNING")
+    program = f"echo start >> {log}; sleep 8; echo end >> {log}"
+    job = cluster.sbatch("--nodes=2", f"--output={tmp_path}/out", wrap=f"srun --ntasks-per-node=1 sh -c '{program}'")
+    cluster.wait("both tasks", lambda: log.exists() and log.read_text() == "start\n" * 2)
     defaults = cluster.run("scontrol", "show", "config").stdout
     cluster.configure("SlurmctldParameters=preempt_send_user_signal", "SlurmdTimeout=10", "JobRequeue=0", "KillWait=9")
     config = "".join(cluster.run("scontrol", "show", "config").stdout.split())
@@ -59,8 +60,8 @@ def test_settings_of_a_test_are_taken_by_every_daemon_while_jobs_run_and_end_wit
     refused = cluster.sbatch(wrap="sleep 60")
     cluster.wait_state(refused, "RUNNING")
     assert cluster.run("scontrol", "requeue", refused, check=False).returncode == 1
-    assert cluster.wait_end(job) == "COMPLETED"
-    assert log.read_text() == "end\n" * 2
+    assert cluster.wait_end(job) == "COMPLETED", (tmp_path / "out").read_text()
+    assert log.read_text() == "start\n" * 2 + "end\n" * 2
     cluster.tidy()
     again = cluster.run("scontrol", "show", "config").stdout
     assert _settings(again) == _settings(defaults)
