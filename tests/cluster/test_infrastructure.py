@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
@@ -23,6 +25,27 @@ def test_a_job_runs_on_two_nodes_and_sacct_knows_it(cluster: Cluster, tmp_path: 
     assert sorted(out.read_text().split()) == ["0:", "1:", "n1", "n2"]
     states = ["sacct", "--noheader", "--allocations", "--format=State", f"--jobs={job}"]
     cluster.wait("sacct to know the end", lambda: "COMPLETED" in cluster.run(*states).stdout)
+
+
+def test_daemons_commands_and_jobs_are_of_the_release_that_was_asked_for(cluster: Cluster, tmp_path: Path) -> None:
+    release = cluster.slurm_version
+    assert release == (os.environ.get("ORCH_TEST_SLURM") or release)
+    out = tmp_path / "out"
+    cluster.wait_end(
+        cluster.sbatch(f"--output={out}", wrap="srun --version; srun printenv SLURM_CONF; pwd", cwd=tmp_path)
+    )
+    assert out.read_text().split() == ["slurm-wlm", ANY, str(cluster.directory / "slurm.conf"), str(tmp_path)]
+    daemons = cluster.run("sinfo", "--noheader", "--format=%v").stdout + cluster.run("scontrol", "version").stdout
+    versions = {word for word in (out.read_text() + daemons).split() if word[0].isdigit()}
+    assert {version.rpartition(".")[0] for version in versions} == {release}
+
+
+def test_srun_hands_on_stdin_arguments_and_environment_unchanged(cluster: Cluster, tmp_path: Path) -> None:
+    hostile = "two  spaces 'and' \"quotes\" $HOME\n"
+    program = "import os, sys; print(os.environ['X'], sys.argv[1], sys.stdin.read(), os.getcwd(), sep='')"
+    argv = ["srun", "--mem=100M", sys.executable, "-c", program, hostile]
+    done = cluster.run(*argv, stdin=hostile, env={"X": hostile}, cwd=tmp_path)
+    assert done.stdout == f"{hostile * 3}{tmp_path}\n"
 
 
 def test_a_job_without_grace_is_preempted_requeued_and_started_again(cluster: Cluster, tmp_path: Path) -> None:
@@ -154,6 +177,12 @@ def test_a_start_that_fails_half_way_leaves_nothing_behind(directory: Path) -> N
     assert not directory.exists()
     assert not Path("/sys/class/net", bridge_name(directory)).exists()
     assert not _mentioning(str(directory))
+
+
+def test_a_release_that_nobody_packages_is_refused(directory: Path) -> None:
+    with pytest.raises(ClusterError, match=r"no Slurm 19\.05 .* there is 24\.11"):
+        Cluster.start("--slurm=19.05", f"--directory={directory}")
+    assert not directory.exists()
 
 
 def test_a_killed_pytest_takes_its_cluster_with_it(directory: Path) -> None:
