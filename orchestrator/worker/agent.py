@@ -131,6 +131,7 @@ def local_main(run_dir: Path, environ: Mapping[str, str]) -> int:
     name = os.uname().nodename
     base, restarts = int(orders["attempt_base"]), 0
     while True:
+        hold_stop_signals()  # whoever sees the attempt opened may signal it, before its agent has handlers of its own
         place = Place(attempt_number(base, restarts), 0, name, 1, "127.0.0.1", None)
         book = AttemptBook(paths, orders)
         book.open(place.attempt, scheduler.job_id, [name])

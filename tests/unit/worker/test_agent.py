@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +15,7 @@ import pytest
 
 from orchestrator.containers.payload import Payload, PayloadRequest
 from orchestrator.errors import ContainerError
+from orchestrator.operations.submission import start_files
 from orchestrator.paths import RunPaths
 from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
@@ -91,3 +95,35 @@ def test_a_notice_before_the_agent_is_ready_is_kept(tmp_path: Path, restored_sig
     agent = make_agent(tmp_path)
     agent.install_signal_handlers()
     assert agent._signals == [signal.SIGTERM]
+
+
+EAGER = """
+import os, signal, sys
+from orchestrator.worker import agent
+
+class Book(agent.AttemptBook):
+    def open(self, attempt, job_id, nodes):
+        super().open(attempt, job_id, nodes)
+        if attempt == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+agent.AttemptBook = Book
+sys.exit(agent.main(["local", sys.argv[1]]))
+"""
+
+
+def test_a_notice_to_a_later_local_attempt_that_has_just_been_opened_is_kept(tmp_path: Path) -> None:
+    """`orch preempt` signals whatever the sidecar calls running; the attempt before must not swallow that."""
+    spec = {"name": "run", "backend": "local", "job": {"command": ["sh", "-c", "sleep 1; exit 75"]}}
+    spec["preemption"] = {"max_requeues": 1}
+    parsed = parse_spec(spec, base_dir=tmp_path)
+    plan = render_plan(parsed, run_id="run-1", root=tmp_path, code_hash="c", library_hash="d", python=sys.executable)
+    for code in (plan.agent["code_dir"], plan.agent["library_dir"]):
+        Path(code).mkdir(parents=True)
+    start_files(plan)
+    argv = [sys.executable, "-c", EAGER, str(plan.run_dir)]
+    (tmp_path / "node").mkdir()
+    environ = {**os.environ, "ORCH_NODE_DIR": str(tmp_path / "node")}
+    done = subprocess.run(argv, env=environ, timeout=60, capture_output=True, text=True, check=False)
+    signalled = [event for event in read_events(RunPaths(plan.run_dir)) if event["event"] == "signalled"]
+    assert [(event["attempt"], event["signals"]) for event in signalled] == [(1, ["SIGUSR1"])], done.stderr
