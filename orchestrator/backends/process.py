@@ -12,6 +12,8 @@ from typing import Protocol
 
 from orchestrator.errors import BackendError, SchedulerUnavailable
 
+_REAP_S = 2.0
+
 
 @dataclass(frozen=True)
 class Finished:
@@ -64,4 +66,10 @@ def run_command(argv: Sequence[str], *, timeout_s: float, environ: Mapping[str, 
 def _kill_group(process: subprocess.Popen[bytes]) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    try:
+        process.communicate(timeout=_REAP_S)
+    except subprocess.TimeoutExpired:  # asleep in a dead disk, where no signal reaches it: it ends when that wakes up
+        for stream in (process.stdout, process.stderr):
+            if stream is not None:
+                stream.close()
+        process.returncode = -signal.SIGKILL  # given up: nothing may wait for it

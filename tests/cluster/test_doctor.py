@@ -16,6 +16,7 @@ import pytest
 from tests.cluster.handle import Cluster
 from tests.cluster.orch import Orch
 from tests.cluster.programs import script_spec
+from tests.cluster.service import wait_for
 
 SCHEDULER, DISK = 3, 6
 CANCEL = "PartitionName=cancel Nodes=ALL PriorityTier=1 PreemptMode=CANCEL MaxTime=INFINITE State=UP"
@@ -141,6 +142,37 @@ def full_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_is_a_bad_root(orch: Orch, full_disk: Path) -> None:
     found = examine(orch, "--root", str(full_disk / "orch"), code=DISK)
     assert "No space left on device" in told(found, "root", "bad")[0]
+
+
+@pytest.fixture
+def frozen_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system on which every write sleeps where no signal reaches it, like a hard mount of a dead server."""
+    image, place = tmp_path / "disk.img", tmp_path / "frozen"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(16 * 1024**2)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=30)
+    mounted = subprocess.run(
+        ["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True, timeout=30
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"hardware: no loop device ({mounted.stderr.strip()})")
+    try:
+        subprocess.run(["fsfreeze", "--freeze", str(place)], check=True, timeout=30)
+        yield place
+    finally:
+        subprocess.run(["fsfreeze", "--unfreeze", str(place)], timeout=30)
+        # The probe that was killed while it slept ends only now.
+        unmount = ["umount", str(place)]
+        wait_for("the disk to be let go", lambda: subprocess.run(unmount, timeout=30).returncode == 0, timeout=30)
+
+
+def test_a_dead_file_system_hangs_nobody(orch: Orch, frozen_disk: Path) -> None:
+    began = time.monotonic()
+    found = examine(orch, "--node", "--root", str(frozen_disk / "orch"), code=DISK)
+    assert time.monotonic() - began < 40
+    assert "the file system gave no answer" in told(found, "root", "bad")[0]
+    assert "no job was started" in told(found, "node", "bad")[0]
 
 
 # --- a compute node ---------------------------------------------------------------------------------------------------

@@ -62,6 +62,8 @@ def node_engine_findings(target: Target, facts: EngineFacts, where: str) -> Iter
         yield Finding("engine", Level.BAD, f"{where}{facts.error}", fix, Family.CONTAINER)
         return
     yield _version(where, facts)
+    if target.image is None:
+        return
     if not facts.image_here:
         yield _not_on_node(target, where)
     elif facts.container:

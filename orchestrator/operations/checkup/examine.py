@@ -65,13 +65,17 @@ def doctor(
     """
     target = _target(spec, overrides, root, partition, environ)
     answers, silence = _ask_slurm(target, run)
-    on_node = ask_node(target, start_s=start_s, run=run) if node and answers is not None else None
+    disks = _try_disks(target, run)
+    on_node = None
+    if node and answers is not None:
+        on_node = ask_node(target, disks["root"], start_s=start_s, run=run)
     findings = [*silence]
     if answers is not None:
         findings += [*scheduler_findings(target, answers), *accounting_findings(target, answers)]
     findings.append(python_finding(target, ask_interpreter(target.python, run)))
     findings += _examine_engine(target, run)
-    findings += _examine_disks(target, answers, on_node, run)
+    findings += _judge_disks(target, disks, answers, on_node, run)
+    findings.append(_examine_caches(target, run))
     findings += limit_findings()
     if on_node is not None:
         findings += node_findings(target, on_node)
@@ -181,29 +185,40 @@ def _examine_engine(target: Target, run: Runner) -> Iterator[Finding]:
     yield from engine_findings(target, facts)
 
 
-def _examine_disks(
-    target: Target, answers: ClusterAnswers | None, on_node: NodeAnswer | None, run: Runner
+def _try_disks(target: Target, run: Runner) -> dict[str, DiskFacts | None]:
+    """By topic; None where the file system gave no answer."""
+    places = {"root": target.root} | ({} if target.checkpoints is None else {"checkpoints": target.checkpoints})
+    facts: dict[str, DiskFacts | None] = {}
+    for topic, path in places.items():
+        try:
+            facts[topic] = DiskFacts(**_probe({"disks": [str(path)]}, run, _DISK_S)["disks"][0])
+        except BackendError:
+            facts[topic] = None
+    return facts
+
+
+def _judge_disks(
+    target: Target,
+    disks: Mapping[str, DiskFacts | None],
+    answers: ClusterAnswers | None,
+    on_node: NodeAnswer | None,
+    run: Runner,
 ) -> Iterator[Finding]:
     hosts = frozenset() if answers is None else answers.hosts
     here = os.uname().nodename.partition(".")[0]
     sight = Sight(here, frozenset(host.partition(".")[0] for host in hosts), None if on_node is None else on_node.host)
-    tried: dict[str, DiskFacts] = {}
-    places = {"root": target.root} | ({} if target.checkpoints is None else {"checkpoints": target.checkpoints})
-    for topic, path in places.items():
-        try:
-            facts = DiskFacts(**_probe({"disks": [str(path)]}, run, _DISK_S)["disks"][0])
-        except BackendError:
+    for topic, facts in disks.items():
+        if facts is None:
+            path = target.root if topic == "root" else target.checkpoints
             message = f"{path}: the file system gave no answer within {_DISK_S:.0f} s"
             yield Finding(
                 topic, Level.BAD, message, "is the file server up? `df` hangs, too, if it is not", Family.DISK
             )
             continue
-        tried[topic] = facts
         yield from disk_findings(topic, facts)
         if answers is not None and (found := place_finding(topic, facts, target, sight)) is not None:
             yield found
-    yield from quota_findings(_quota(run), tried)
-    yield _examine_caches(target, run)
+    yield from quota_findings(_quota(run), {topic: facts for topic, facts in disks.items() if facts is not None})
 
 
 def _quota(run: Runner) -> str:

@@ -21,7 +21,7 @@ from orchestrator.operations.checkup.engine import node_engine_findings
 from orchestrator.operations.checkup.findings import Family, Finding, Level, size
 from orchestrator.operations.checkup.target import Target
 from orchestrator.plan.render import EXPORTED
-from orchestrator.worker.probe.disk import SCRATCH_PREFIX, DiskFacts, nearest_directory
+from orchestrator.worker.probe.disk import SCRATCH_PREFIX, DiskFacts
 from orchestrator.worker.probe.engine import EngineFacts
 from orchestrator.worker.probe.node import ANSWER, NONCE, NodeFacts
 
@@ -50,10 +50,15 @@ class NodeAnswer:
         return None if self.node is None or not self.met else self.node.host
 
 
-def ask_node(target: Target, *, start_s: float, run: Runner) -> NodeAnswer:
-    """Run the job to its end, waiting `start_s` seconds for its start. Leaves no job and no file behind."""
+def ask_node(target: Target, root: DiskFacts | None, *, start_s: float, run: Runner) -> NodeAnswer:
+    """Run the job to its end, waiting `start_s` seconds for its start. Leaves no job and no file behind.
+
+    `root`: what the root's file system did here. One that gave no answer is not touched.
+    """
+    if root is None:
+        return NodeAnswer(error=f"no job was started: the file system of {target.root} gives no answer here")
     nonce = os.urandom(6).hex()
-    meeting = nearest_directory(target.root) / f"{SCRATCH_PREFIX}{nonce}"
+    meeting = Path(root.tried) / f"{SCRATCH_PREFIX}{nonce}"
     try:
         meeting.mkdir(mode=0o700)
         (meeting / NONCE).write_text(nonce)
@@ -61,7 +66,7 @@ def ask_node(target: Target, *, start_s: float, run: Runner) -> NodeAnswer:
         return NodeAnswer(error=f"no job was started: {meeting.parent} cannot be written ({error.strerror})")
     try:
         disks = [str(place) for place in (target.root, target.checkpoints) if place is not None]
-        wanted = {"meeting": str(meeting), "nonce": nonce, "image": target.image if target.contained else None}
+        wanted = {"meeting": str(meeting), "nonce": nonce, "engine": target.contained, "image": target.image}
         request = json.dumps({"disks": disks, "node": wanted})
         answer = _read(_Job(target, f"orch-doctor-{nonce}", request, run).wait(start_s), target)
         return answer if answer.node is None else replace(answer, met=_met(meeting, nonce))

@@ -180,7 +180,7 @@ def _who_is_told(name: str, rule: Preempted, target: Target, config: Fields) -> 
 
 
 def _suspended(by: str, target: Target) -> Finding:
-    message = f"{by} with PreemptMode=SUSPEND: the job is told nothing, saves nothing and stands still where it is"
+    message = f"{by} with PreemptMode=SUSPEND: the job is not told to save, it stands still where it is"
     if target.contained:
         message += "; its container escapes that, and goes on computing on the GPU that was given to the other job"
     fix = "use a partition with PreemptMode=REQUEUE"

@@ -3,7 +3,8 @@
 {"disks": [PATH…]}                                   a DiskFacts each
 {"spaces": [PATH…]}                                  [free bytes, mount point] each
 {"engine": {"image": IMAGE | null}}                  EngineFacts
-{"node": {"meeting": DIR, "nonce": TEXT, "image": IMAGE | null}}  NodeFacts, and EngineFacts with a container if IMAGE
+{"node": {"meeting": DIR, "nonce": TEXT, "engine": BOOL, "image": IMAGE | null}}
+                                                     NodeFacts; with engine EngineFacts, from a container if IMAGE
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def _on_node(node: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, A
         error = f"{fault.strerror or fault}"
     try:
         facts: dict[str, Any] = {"node": asdict(probe_node(meeting, node["nonce"], environ, node_dir_error=error))}
-        if image is not None:
+        if node["engine"] and image is None:
+            facts["engine"] = asdict(probe_engine(None))
+        elif node["engine"]:
             # A root that is not here is in the findings already, and there is nothing of it to mount.
             places = ([meeting] if meeting.is_dir() else []) + ([directory.path] if directory else [])
             facts["engine"] = asdict(probe_container(image, places))

@@ -87,7 +87,7 @@ def test_no_default_and_none_named_is_bad() -> None:
         ("nograce", {}, {}, "SIGTERM goes to the batch script and to the steps at once", 5),
         ("low", {"SlurmctldParameters": "enable_configless,preempt_send_user_signal"}, {}, "SIGUSR1 goes to", 20),
         ("nograce", {"SlurmctldParameters": "preempt_send_user_signal"}, {}, "SIGTERM goes to the batch script and", 5),
-        ("low", {}, {"PreemptMode": "GANG,SUSPEND"}, "is told nothing, saves nothing", None),
+        ("low", {}, {"PreemptMode": "GANG,SUSPEND"}, "is not told to save, it stands still", None),
         ("low", {}, {"PreemptMode": "OFF"}, "are not preempted (PreemptMode=OFF)", None),
         ("low", {"PreemptType": "preempt/none"}, {}, "are not preempted (PreemptType=preempt/none)", None),
         ("low", {}, {"PriorityTier": "10"}, "are not preempted (no partition has a higher PriorityTier)", None),
