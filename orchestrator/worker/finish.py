@@ -46,11 +46,19 @@ class AttemptBook:
         self.events.append("attempt_started", attempt=attempt, job_id=job_id, nodes=list(nodes))
 
     def _judge_abandoned(self, attempt: int) -> Outcome:
-        """An attempt whose node 0 never came to its end: Slurm requeued it over our heads, or the node died."""
-        verdict = read_verdict(self.paths, attempt)
-        saved = verdict is not None and verdict["outcome"] == "saved"
-        reason = ExitReason.PREEMPTED if saved else ExitReason.NODE_FAILURE
-        return Outcome(reason, reason.message, None, saved)
+        """An attempt whose node 0 never came to its end: Slurm requeued it over our heads, ended it before it could
+        write down why (KillWait), or the node died. What it was told and what it said still count."""
+        events = [e for e in read_events(self.paths) if e.get("attempt") == attempt]
+        evidence = Evidence(
+            tombstone=False,  # a later attempt begins: it has been lifted
+            verdict=read_verdict(self.paths, attempt),
+            failures=[],
+            node_codes={},
+            nodes=self.orders["nodes"],
+            started=True,
+            cause=_noticed_cause(events),
+        )
+        return judge(evidence)
 
     # --- closing
     def close(self, attempt: int, scheduler: Scheduler, *, srun_status: int | None = None) -> Decision:
@@ -156,9 +164,8 @@ class AttemptBook:
     def _evidence(self, attempt: int, scheduler: Scheduler) -> Evidence:
         events = [e for e in read_events(self.paths) if e.get("attempt") == attempt]
         codes = {int(e["node"]): int(e["exit_code"]) for e in events if e["event"] == "verdict" and "node" in e}
-        notices = [e for e in events if e["event"] == "signalled" and e.get("cause") is not None]
         signalled = any(e["event"] == "signalled" for e in events)
-        cause = ExitReason(notices[-1]["cause"]) if notices else None
+        cause = _noticed_cause(events)
         ended_well = len(codes) == self.orders["nodes"] and not any(codes.values())
         if cause is None and not ended_well:
             cause = scheduler.why_ended(noticed=signalled, lead_time_s=float(self.orders["lead_time_s"]))
@@ -173,6 +180,12 @@ class AttemptBook:
             cause=cause,
             scheduler_silent=signalled and cause is None and not ended_well,
         )
+
+
+def _noticed_cause(events: Sequence[Mapping[str, Any]]) -> ExitReason | None:
+    """What the scheduler last said about why the attempt is to stop."""
+    causes = [e["cause"] for e in events if e["event"] == "signalled" and e.get("cause") is not None]
+    return ExitReason(causes[-1]) if causes else None
 
 
 def read_verdict(paths: RunPaths, attempt: int) -> dict[str, Any] | None:

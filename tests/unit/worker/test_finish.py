@@ -165,3 +165,27 @@ def test_an_attempt_of_a_cancelled_run_does_not_begin(run: Run) -> None:
     agent = NodeAgent(run.orders, Place(0, 0, "n1", 1, "127.0.0.1", None), run.scheduler, NoRuntime(), {})
     assert run_node(agent) == 1
     assert run.book.close(0, run.scheduler).state is JobState.CANCELLED
+
+
+@pytest.mark.parametrize(
+    ("cause", "verdict", "reason"),
+    [
+        ("cancelled", {}, "cancelled"),
+        ("requeued_by_admin", {"outcome": "saved", "step": 7}, "requeued_by_admin"),
+        ("preempted", {"outcome": "unsaved", "step": 7}, "deadline_missed"),
+        (None, {"outcome": "saved", "step": 7}, "preempted"),
+        (None, {"outcome": "failed", "step": 7, "reason": "failure"}, "failure"),
+        (None, {}, "node_failure"),
+    ],
+)
+def test_an_attempt_that_nobody_closed_is_judged_by_what_it_was_told_and_said(
+    run: Run, cause: str | None, verdict: dict[str, Any], reason: str
+) -> None:
+    """The batch script may be killed at the end of KillWait: that is no lost node."""
+    run.book.open(0, "1.2", ["n1"])
+    if cause is not None:
+        EventLog(run.paths, "agent-n0").append("signalled", attempt=0, cause=cause)
+    if verdict:
+        write_json(run.paths.verdict(0), verdict)
+    run.book.open(1, "1.2", ["n1"])
+    assert run.sidecar["attempts"][0]["exit_reason"] == reason
