@@ -24,6 +24,8 @@ def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None =
         content.append(_checkpoint(status, now))
     if status.drill is not None:
         content.append(_drill(status.drill, now))
+    if status.state is JobState.RUNNING and status.progress.straggler is not None:
+        content.append(_straggler(*status.progress.straggler))
     shown = list(trends)
     widest = max((len(trend.name) for trend in shown), default=0)
     content += [_trend(trend, widest) for trend in shown]
@@ -161,6 +163,11 @@ def _used(shown: Certificate) -> str | None:
     if shown.grace_used_s is None:
         return f"all of {shown.grace_s:.0f} s"
     return f"{shown.grace_used_s:.1f} s of {shown.grace_s:.0f} s"
+
+
+def _straggler(rank: int, seconds: float, others: float) -> Line:
+    text = f"  slow        rank {rank} takes {seconds:.3f} s for its data and forward pass, the others {others:.3f} s"
+    return [(text, "yellow")]
 
 
 def _trend(trend: Trend, width: int) -> Line:

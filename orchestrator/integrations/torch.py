@@ -49,36 +49,43 @@ def resume_path(session: Session) -> str | None:
 class Agreement:
     """The maximum over all ranks of a few small numbers, on an own gloo group; overlaps with the step in between.
 
-    Collective: every rank makes the same calls in the same order. One rank alone pays nothing.
+    Each rank's own step time travels along. Collective: every rank makes the same calls in the same order. One rank
+    alone pays nothing.
     """
 
-    def __init__(self, size: int, world_size: int) -> None:
+    def __init__(self, size: int, world_size: int, rank: int = 0) -> None:
         self._group: Any = dist.new_group(backend="gloo") if world_size > 1 else None
-        self._values = torch.zeros(size, dtype=torch.int64)
+        self._size = size
+        self._world_size = world_size
+        self._rank = rank
+        self._values: Any = [0] * size
         self._work: Any = None
-        self._alone: list[int] = [0] * size
+        self.rank_seconds: list[float] = []  # of the last agreement, by rank
 
-    def begin(self, values: Sequence[int]) -> None:
+    def begin(self, values: Sequence[int], own_seconds: float = 0.0) -> None:
         """Start to agree; returns at once."""
         if self._group is None:
-            self._alone = list(values)
+            self._values = [*values, round(own_seconds * 1e6)]
             return
-        self._values = torch.tensor(values, dtype=torch.int64)
+        self._values = torch.zeros(self._size + self._world_size, dtype=torch.int64)
+        self._values[: self._size] = torch.tensor(values, dtype=torch.int64)
+        self._values[self._size + self._rank] = round(own_seconds * 1e6)
         self._work = dist.all_reduce(self._values, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 
     def finish(self) -> list[int]:
         """The maxima; waits for the slowest rank."""
-        if self._group is None:
-            return self._alone
-        if self._work is None:
-            raise CheckpointError("Agreement.finish without begin", hint="every step begins and finishes one agreement")
-        self._work.wait()
-        self._work = None
-        return [int(value) for value in self._values]
+        if self._group is not None:
+            if self._work is None:
+                raise CheckpointError("Agreement.finish without begin", hint="every step begins and finishes one")
+            self._work.wait()
+            self._work = None
+        numbers = [int(value) for value in self._values]
+        self.rank_seconds = [value / 1e6 for value in numbers[self._size :]]
+        return numbers[: self._size]
 
     def minimum(self, value: int) -> int:
         """The smallest `value` of all ranks. Collective, blocking."""
-        self.begin([-value] + [0] * (len(self._alone) - 1))
+        self.begin([-value] + [0] * (self._size - 1))
         return -self.finish()[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -93,6 +100,26 @@ class Agreement:
         """Wait for all ranks."""
         if self._group is not None:
             dist.barrier(group=self._group)
+
+
+class RankTimes:
+    """The ranks' own step times, averaged over windows of about a second: who makes the others wait?"""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+        self._sums: list[float] = []
+        self._count = 0
+        self._means: list[float] | None = None
+
+    def add(self, seconds: Sequence[float]) -> list[float] | None:
+        """Add one step's times by rank; returns the means of the last full window, None during the first."""
+        self._sums = [a + b for a, b in zip(self._sums or [0.0] * len(seconds), seconds, strict=True)]
+        self._count += 1
+        now = time.monotonic()
+        if now - self._since >= 1.0:
+            self._means = [round(total / self._count, 6) for total in self._sums]
+            self._since, self._sums, self._count = now, [], 0
+        return self._means
 
 
 class SaveSchedule:
@@ -146,7 +173,9 @@ class ResumableLoop:
         self._parts = parts
         self._max_steps = max_steps
         self._schedule = SaveSchedule(session.settings)
-        self._agreement = Agreement(2, session.world_size)
+        self._agreement = Agreement(2, session.world_size, session.rank)
+        self._rank_times = RankTimes()
+        self._step_began = time.monotonic()
         session.install_signal_handlers()
         path = resume_path(session)
         if path is not None:
@@ -163,14 +192,17 @@ class ResumableLoop:
         """One optimizer step is complete. Saves when due; after a signal to any rank, saves and leaves."""
         self.step += 1
         self.batch += 1
-        self.session.report(self.step, self.epoch, self._max_steps)
         by_time = self.session.is_chief and self._schedule.due_by_time()
-        self._agreement.begin([int(self.session.stop_requested), int(by_time)])
+        own_seconds = time.monotonic() - self._step_began
+        self._agreement.begin([int(self.session.stop_requested), int(by_time)], own_seconds)
         stop, save = self._agreement.finish()
+        rank_seconds = self._rank_times.add(self._agreement.rank_seconds)
+        self.session.report(self.step, self.epoch, self._max_steps, rank_seconds=rank_seconds)
         if stop or save or self._schedule.due_at_step(self.step):
             self.save()
         if stop:
             self.session.stopped(step=self.step, epoch=self.epoch, barrier=self._agreement.barrier)
+        self._step_began = time.monotonic()
 
     def epoch_done(self) -> None:
         """All batches of the epoch are done: the next step belongs to a new one."""

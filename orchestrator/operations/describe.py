@@ -101,6 +101,7 @@ def _progress(record: Record) -> Progress:
         epoch=_integer(seen.get("epoch")),
         max_steps=_integer(seen.get("max_steps")),
         throughput=_float(seen.get("throughput")),
+        rank_seconds=tuple(float(seconds) for seconds in seen.get("rank_seconds") or ()),
         attempt=attempt,
         time=_float(seen.get("time")),
     )

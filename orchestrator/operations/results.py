@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from orchestrator.states import ExitReason, JobState
+
+STRAGGLER_FACTOR = 1.5
+STRAGGLER_LEAST_S = 0.005
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,28 @@ class Progress:
     epoch: int | None = None
     max_steps: int | None = None
     throughput: float | None = None
+    rank_seconds: tuple[float, ...] = ()  # of a step, by rank: what each does before it may wait for others
     attempt: int | None = None
     time: float | None = None
 
+    @property
+    def straggler(self) -> tuple[int, float, float] | None:
+        """(rank, its seconds, the others' median) where one rank makes all others wait; None where none stands out."""
+        if len(self.rank_seconds) < 2:
+            return None
+        slowest = max(range(len(self.rank_seconds)), key=self.rank_seconds.__getitem__)
+        others = median([s for rank, s in enumerate(self.rank_seconds) if rank != slowest])
+        mine = self.rank_seconds[slowest]
+        stands_out = mine > STRAGGLER_FACTOR * others and mine - others > STRAGGLER_LEAST_S
+        return (slowest, mine, others) if stands_out else None
+
     def as_json(self) -> dict[str, Any]:
-        return {"step": self.step, "epoch": self.epoch, "max_steps": self.max_steps}
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "max_steps": self.max_steps,
+            "rank_seconds": list(self.rank_seconds),
+        }
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -46,13 +46,22 @@ class ProgressWriter:
         self._thread = threading.Thread(target=self._run, name="orch-progress", daemon=True)
         self._thread.start()
 
-    def update(self, step: int, epoch: int, max_steps: int | None, throughput: float | None = None) -> None:
-        """Note the progress: optimizer steps completed, epoch, steps in all, samples per second. Never blocks."""
+    def update(
+        self,
+        step: int,
+        epoch: int,
+        max_steps: int | None,
+        throughput: float | None = None,
+        rank_seconds: Sequence[float] | None = None,
+    ) -> None:
+        """Note the progress: optimizer steps completed, epoch, steps in all, samples per second, and the seconds of a
+        step that each rank spends by itself. Never blocks."""
         self._latest = {
             "step": step,
             "epoch": epoch,
             "max_steps": max_steps,
             "throughput": throughput,
+            "rank_seconds": None if rank_seconds is None else list(rank_seconds),
             "attempt": self._attempt,
             "time": self._clock(),
         }

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,11 +334,19 @@ class Session:
             except RegistryError as error:
                 log.warning("%s", error)
 
-    def report(self, step: int, epoch: int, max_steps: int | None, throughput: float | None = None) -> None:
-        """Note the progress; written at most every second, by rank 0."""
+    def report(
+        self,
+        step: int,
+        epoch: int,
+        max_steps: int | None,
+        throughput: float | None = None,
+        *,
+        rank_seconds: Sequence[float] | None = None,
+    ) -> None:
+        """Note the progress; written at most every second, by rank 0. `rank_seconds`: own step time of each rank."""
         self._position = (step, epoch)
         if self._progress is not None:
-            self._progress.update(step, epoch, max_steps, throughput)
+            self._progress.update(step, epoch, max_steps, throughput, rank_seconds)
 
     def open_metrics(self, *, keep_rows: int | None = None) -> MetricsLog:
         """metrics.csv (rank 0), cut back to the resumed step and to the `keep_rows` its checkpoint knew of."""

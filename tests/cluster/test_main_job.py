@@ -102,6 +102,7 @@ def test_docker_preempted_three_times_equals_the_untouched_run(
         verdict = json.loads((orch.run_dir(run) / f"verdict-{number:03d}.json").read_text())
         assert (verdict["outcome"], verdict["reason"]) == ("saved", "preempted")
     assert cluster.containers() == []
+    assert len(done["progress"]["rank_seconds"]) == nodes * nproc
     calm = orch.submit({**spec, "root": str(orch.directory / "calm")})
     calm_orch = Orch(cluster, orch.directory)
     calm_orch.root = orch.directory / "calm"

@@ -36,7 +36,7 @@ from orchestrator.integrations.lightning.loop_state import (
 from orchestrator.integrations.lightning.signals import LightningSignals
 from orchestrator.integrations.randomness import seed_step
 from orchestrator.integrations.sampler import ExactBatchSampler
-from orchestrator.integrations.torch import Agreement, SaveSchedule, agree, resume_path
+from orchestrator.integrations.torch import Agreement, RankTimes, SaveSchedule, agree, resume_path
 from orchestrator.worker.session import CheckpointSettings, Session
 
 log = logging.getLogger("orchestrator.integrations.lightning")
@@ -71,6 +71,8 @@ class ExactResume(Callback):
         self.seed = seed
         self._schedule = SaveSchedule(self.session.settings)
         self._throughput = _StepRate()
+        self._rank_times = RankTimes()
+        self._own = _OwnTime()
         self._samplers: list[ExactBatchSampler] = []
         self._trainer: Trainer | None = None
         self._agreement: Agreement | None = None
@@ -148,7 +150,7 @@ class ExactResume(Callback):
             logger.open()  # cut back even where nothing more is logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._agreement = Agreement(3, trainer.world_size)
+        self._agreement = Agreement(3, trainer.world_size, self.session.rank)
         self._step = trainer.global_step
         self._max_steps = _max_steps(trainer)
         if self._restored is not None and trainer.fit_loop.restarting and epoch_is_open(trainer):
@@ -169,20 +171,29 @@ class ExactResume(Callback):
         self._commit_if_due(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._own.pause()  # a save is not the rank's own slowness
         self._commit_if_due(trainer)
         if self.seed is not None:
             seed_step(self.seed, epoch=trainer.current_epoch, batch=batch_idx, rank=self.session.rank)
         self._begin_agreement()
+        self._own.go_on()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        self._own.finish()  # from here on it may wait for other ranks
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         stop, save, give_up = self._finish_agreement()
+        assert self._agreement is not None
+        rank_seconds = self._rank_times.add(self._agreement.rank_seconds)
+        self._own.start()
         self._at_step = trainer.global_step != self._step  # else gradients accumulate, and those are not saved
         if not self._at_step:
             return
         self._step = trainer.global_step
-        self.session.report(self._step, trainer.current_epoch, self._max_steps, self._samples_per_second())
+        throughput = self._samples_per_second()
+        self.session.report(self._step, trainer.current_epoch, self._max_steps, throughput, rank_seconds=rank_seconds)
         if save or self._schedule.due_at_step(self._step):
             self._commit_due = True
         if not stop:
@@ -305,7 +316,8 @@ class ExactResume(Callback):
         stop = self.session.stop_requested
         save = self.session.is_chief and self._schedule.due_by_time()
         self._agreement.begin(
-            [int(stop), int(save), int(stop and not self._validation.fits(self.session.seconds_left()))]
+            [int(stop), int(save), int(stop and not self._validation.fits(self.session.seconds_left()))],
+            self._own.last_s,
         )
 
     def _finish_agreement(self) -> Sequence[int]:
@@ -346,6 +358,32 @@ class _ValidationClock:
         return (
             self._seconds is not None and seconds_left is not None and seconds_left > VALIDATION_SAFETY * self._seconds
         )
+
+
+class _OwnTime:
+    """How long a step keeps this rank busy before it may have to wait for others: its data and its forward pass."""
+
+    def __init__(self) -> None:
+        self._running_since: float | None = None
+        self._total_s = 0.0
+        self.last_s = 0.0
+
+    def start(self) -> None:
+        self._running_since, self._total_s = time.monotonic(), 0.0
+
+    def pause(self) -> None:
+        if self._running_since is not None:
+            self._total_s += time.monotonic() - self._running_since
+            self._running_since = None
+
+    def go_on(self) -> None:
+        self._running_since = time.monotonic()
+
+    def finish(self) -> None:
+        """Only the first backward pass of a step counts: further ones follow collectives."""
+        if self._running_since is not None:
+            self.pause()
+            self.last_s = self._total_s
 
 
 class _StepRate:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from orchestrator.errors import CheckpointError
-from orchestrator.integrations.torch import Agreement, SaveSchedule, agree
+from orchestrator.integrations.torch import Agreement, RankTimes, SaveSchedule, agree
 from orchestrator.worker.session import CheckpointSettings
 
 
@@ -15,6 +15,20 @@ def test_one_rank_agrees_with_itself() -> None:
     assert agreement.minimum(7) == 7
     assert agreement.gather({"a": 1}) == [{"a": 1}]
     agreement.barrier()
+
+
+def test_own_times_travel_with_the_agreement_and_are_averaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    agreement = Agreement(2, world_size=1)
+    agreement.begin([0, 1], 0.25)
+    assert agreement.finish() == [0, 1]
+    assert agreement.rank_seconds == [0.25]
+    now = [0.0]
+    monkeypatch.setattr("orchestrator.integrations.torch.time.monotonic", lambda: now[0])
+    times = RankTimes()
+    assert times.add([0.1, 0.3]) is None
+    now[0] = 2.0
+    assert times.add([0.3, 0.5]) == [0.2, 0.4]
+    assert times.add([9.0, 9.0]) == [0.2, 0.4]
 
 
 def test_finishing_what_never_began_is_an_error() -> None:

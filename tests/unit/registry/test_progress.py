@@ -36,10 +36,11 @@ def step(paths: RunPaths) -> int:
 def test_a_flush_writes_the_latest_whatever_the_throttle(paths: RunPaths) -> None:
     with ProgressWriter(paths, attempt=2, interval_s=3600, clock=lambda: 5.0) as writer:
         for n in range(1000):
-            writer.update(n, n // 100, 5000, 12.5)
+            writer.update(n, n // 100, 5000, 12.5, (0.1, 0.2))
         writer.flush()
         assert read_json(paths.progress) == {
-            "step": 999, "epoch": 9, "max_steps": 5000, "throughput": 12.5, "attempt": 2, "time": 5.0,
+            "step": 999, "epoch": 9, "max_steps": 5000, "throughput": 12.5, "rank_seconds": [0.1, 0.2],
+            "attempt": 2, "time": 5.0,
         }  # fmt: skip
         writer.update(1000, 10, 5000)
         writer.flush()
