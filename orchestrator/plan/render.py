@@ -35,6 +35,9 @@ EXPORTED = (
     "XDG_RUNTIME_DIR",
 )
 
+# How long other nodes may take once the first one's agent has ended: to notice that, and to end their containers.
+_SRUN_GRACE_S = 60
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -164,6 +167,7 @@ def render_script(spec: JobSpec, paths: RunPaths, *, token: str, attempt_base: i
         "signal": spec.preemption.signal,
         "signals": " ".join(signals),
         "srun_args": shlex.join(srun_args(spec)),
+        "srun_grace_s": str(_SRUN_GRACE_S),
     }
     return _fill_template(spec.slurm.template, context)
 

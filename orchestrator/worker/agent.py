@@ -85,9 +85,17 @@ def node_main(run_dir: Path, environ: Mapping[str, str]) -> int:
     scheduler = SlurmScheduler(environ)
     place = slurm_place(orders, scheduler, environ)
     if place.node == 0:
+        _show_life(environ)
         nodes = scheduler.node_names(environ["SLURM_STEP_NODELIST"])
         AttemptBook(RunPaths(run_dir), orders).open(place.attempt, scheduler.job_id, nodes)
     return _run_as(orders, place, scheduler, environ)
+
+
+def _show_life(environ: Mapping[str, str]) -> None:
+    """Hold the batch script's pipe open until this process ends, however it ends."""
+    pipe = environ.get("ORCH_ALIVE")
+    if pipe is not None and Path(pipe).is_fifo():  # a template of the user's own may have none
+        os.open(pipe, os.O_RDWR | os.O_CLOEXEC)
 
 
 def _run_as(orders: Mapping[str, Any], place: Place, scheduler: Scheduler, environ: Mapping[str, str]) -> int:
