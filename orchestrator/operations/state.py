@@ -88,8 +88,8 @@ def _resolve_alive(record: Record, job: JobStatus | None) -> Standing:
 
 
 def _held(reason: str) -> str:
-    """A job Slurm itself put on hold stays there until somebody releases it: say so (FACTS 2)."""
-    return " (`scontrol release` lets it go on)" if reason.startswith(("JobHeld", "launch_failed")) else ""
+    """A job on hold stays there until somebody releases it: JobHeldAdmin, launch_failed_requeued_held, …: say so."""
+    return " (`scontrol release` lets it go on)" if "held" in reason.lower() else ""
 
 
 def _resolve_ended(record: Record, job: JobStatus | None) -> Standing:

@@ -175,6 +175,8 @@ class SlurmScheduler:
         job = self.show_job(_PATIENCE_S)
         if job is None or (not noticed and job.get("JobState") in RUNNING):
             return None
+        if not noticed and int(job.get("Restarts", "0")) > self.restart_count:
+            return ExitReason.NODE_FAILURE  # whoever else requeues a job has its processes told first
         return self.why(lead_time_s).cause
 
     def node_names(self, nodelist: str) -> list[str]:

@@ -86,9 +86,12 @@ def test_the_end_of_an_older_submission_says_nothing_about_the_newer(world: Worl
     assert "NODE_FAIL" in status.message
 
 
-def test_a_job_that_slurm_holds_says_how_to_release_it(world: World) -> None:
+@pytest.mark.parametrize(
+    "reason", ["JobHeldAdmin", "JobHeldUser", "job requeued in held state", "launch failed requeued held"]
+)
+def test_a_job_that_slurm_holds_says_how_to_release_it(world: World, reason: str) -> None:
     done = world.submit()
-    world.backend.set("101", PENDING, "JobHeldAdmin")
+    world.backend.set("101", PENDING, reason)
     assert "scontrol release" in world.status(done.run_id).message
 
 
@@ -145,7 +148,7 @@ def test_status_as_json_has_exactly_the_documented_keys(world: World) -> None:
         "run_id", "run_dir", "state", "exit_reason", "attempt", "job_id", "alive", "progress", "last_checkpoint",
         "resumed_from", "drill", "events",
     ]  # fmt: skip
-    assert document["progress"] == {"step": 42, "epoch": 1, "max_steps": 100}
+    assert document["progress"] == {"step": 42, "epoch": 1, "max_steps": 100, "rank_seconds": []}
     assert document["last_checkpoint"] == {"step": 40, "path": "/ckpt/step-40"}
     assert document["resumed_from"] is None
     assert document["drill"] is None

@@ -86,6 +86,13 @@ def test_a_requeue_is_not_asked_for_when_it_would_undo_or_end_something(job: str
     assert (done.ok, done.cancelled) == (ok, cancelled)
 
 
+def test_a_requeue_without_a_notice_is_a_lost_node() -> None:
+    """srun ends with `Node failure on n1` while everything on that node may run on."""
+    scheduler = answers(show=(0, "JobId=7 JobState=PENDING Restarts=1 Reason=BeginTime"), config=(0, "KillWait = 5"))
+    assert scheduler.why_ended(noticed=False, lead_time_s=20) is ExitReason.NODE_FAILURE
+    assert scheduler.why_ended(noticed=True, lead_time_s=20) is ExitReason.REQUEUED_BY_ADMIN
+
+
 def test_a_slurmctld_that_restarts_is_waited_for_at_the_end_of_an_attempt() -> None:
     now = [0.0]
 
