@@ -8,7 +8,7 @@ STAMP := $(VENV)/.installed
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help install system fmt lint type contracts check test unit cluster-test cluster chaos bench docs demo \
+.PHONY: help install system fmt lint type contracts check test unit cluster-test cluster chaos bench docs demo stop-table \
         constraints build clean
 
 help: ## this list
@@ -65,6 +65,14 @@ chaos: $(STAMP) ## kill, pause and starve saves many more times than `make test`
 
 bench: $(STAMP) ## the figures in benchmarks/
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
+
+stop-table: $(STAMP) system ## measure every stop on the real cluster again, and write the table in docs/preemption.md
+	@rm -f stops.new; \
+	for version in "" 24.11; do \
+	    ORCH_STOPS="$$PWD/stops.new" ORCH_TEST_SLURM="$$version" $(PYTEST) tests/cluster/test_stops.py || exit 1; \
+	done; \
+	$(BIN)/python -m tests.cluster.plain_lightning stops.new && $(BIN)/python docs/generate_stop_table.py stops.new && \
+	rm stops.new
 
 docs: $(STAMP) ## regenerate the generated pages of docs/
 	$(BIN)/python docs/generate_spec_reference.py

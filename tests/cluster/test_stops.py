@@ -1,190 +1,508 @@
-"""How a cluster stops a job, beyond ordinary preemption: each stop ends in a saved run, or in one that says why not."""
+"""Every way a cluster can stop a job, on the real thing: what the run says of it, what it costs, what is left over.
+
+One row per cause; docs/preemption.md shows what they gave (`make stop-table`).
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cluster import processes
 from tests.cluster.handle import Cluster
-from tests.cluster.orch import Orch
-from tests.cluster.programs import said, script_spec
+from tests.cluster.orch import REPOSITORY, TERMINAL, Orch
+from tests.cluster.programs import COLLECTIVE, CRASHER, EATER, LIGHTNING, said, script_spec
+from tests.cluster.scene import EVERY_STEPS, Scene, Stop, record
 
-EVERY_STEPS = 40  # of the program
-
-
-def spec_for(orch: Orch, runtime: str, **changes: Any) -> dict[str, Any]:
-    container = {"runtime": "docker", "image": orch.cluster.image} if runtime == "docker" else {"runtime": "none"}
-    return script_spec(orch, container=container, **changes)
+CAME_BACK = ("preempted", "completed")
+WITHIN_S = 300  # from the stop to the next new step or the final state; the time limit is twice as far away
 
 
-def finish(orch: Orch, run: str, *, attempts: int) -> list[dict[str, Any]]:
-    """Let the newest attempt work a little, then end the run; return the records of all attempts."""
-    orch.wait_for_step(run, orch.step(run) + 3, attempt=attempts - 1)
-    (orch.run_dir(run) / "enough").touch()
-    orch.wait_for_state(run, "completed", timeout=60)
-    records = orch.attempts(run)
-    assert len(records) == attempts, records
-    assert orch.cluster.containers() == []
-    return records
+# --- what happens, one function per cause; each marks the moment of the stop ---------------------------------------
+def preempt(scene: Scene) -> None:
+    scene.mark()
+    scene.cluster.preempt(nodes=3, seconds=1)
 
 
-def steps_of(orch: Orch, run: str, attempt: int) -> list[int]:
-    return [int(step) for number, step, _ in said(orch, run) if number == str(attempt)]
+def preempt_by_qos(scene: Scene) -> None:
+    scene.mark()
+    scene.cluster.sbatch(
+        "--partition=low", "--qos=urgent", "--nodes=3", "--exclusive", "--mem=0", "--time=5", wrap="sleep 1"
+    )
 
 
-def assert_nothing_lost(orch: Orch, run: str) -> None:
-    steps = [int(step) for _, step, _ in said(orch, run)]
-    assert steps == list(range(1, len(steps) + 1))
+def requeue_by_admin(scene: Scene) -> None:
+    scene.mark()
+    scene.cluster.run("scontrol", "requeue", scene.job)
 
 
-def assert_at_most_every_steps_lost(orch: Orch, run: str) -> None:
-    repeated = steps_of(orch, run, 0)[-1] - steps_of(orch, run, 1)[0] + 1
-    assert 0 <= repeated <= EVERY_STEPS
+def hold_by_admin(scene: Scene) -> None:
+    scene.mark()
+    scene.cluster.run("scontrol", "requeuehold", scene.job)
+    scene.cluster.wait("the status to say so", lambda: "scontrol release" in told(scene), timeout=60)
+    assert scene.orch.status(scene.run)["state"] == "preempted"
+    scene.cluster.run("scontrol", "release", scene.job)
 
 
-def pythons(marker: str) -> list[int]:
-    """pids of the Python processes whose command line contains `marker` (srun carries the agent's, too)."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            words = path.read_text().split("\0")
-            if "python" in words[0] and marker in " ".join(words):
-                found.append(int(path.parent.name))
-        except (FileNotFoundError, ProcessLookupError):  # it has just ended
-            continue
-    return found
+def told(scene: Scene) -> str:
+    """What `orch status` says to people."""
+    return scene.orch.call("status", scene.run, "--root", str(scene.orch.root)).stdout
 
 
-def programs_of(run: str) -> list[int]:
-    """PID 1, torchrun and the ranks of a run, in a container or not."""
-    return pythons(f"/orch-{os.getuid()}/{run}.") + pythons("train.py")
+def nothing(scene: Scene) -> None:
+    """The time limit comes by itself."""
+    scene.mark()
 
 
-def agent_of(orch: Orch, run: str) -> int:
-    (pid,) = pythons(f"orchestrator.worker.agent node {orch.run_dir(run)}")
-    return pid
+def scancel(scene: Scene) -> None:
+    scene.mark()
+    scene.cluster.run("scancel", scene.job)
 
 
-@pytest.mark.parametrize("runtime", ["none", "docker"])
-@pytest.mark.parametrize("stop", ["preemption without grace", "requeue by an administrator"])
-def test_a_stop_with_only_killwait_to_save_loses_nothing(orch: Orch, cluster: Cluster, runtime: str, stop: str) -> None:
-    partition = "nograce" if stop == "preemption without grace" else "low"
-    run = orch.submit(spec_for(orch, runtime, slurm={"partition": partition}))["run_id"]
-    orch.wait_for_step(run, 5)
-    if stop == "preemption without grace":
-        cluster.preempt(nodes=3, seconds=1)
-    else:
-        cluster.run("scontrol", "requeue", orch.status(run)["job_id"])
-    records = finish(orch, run, attempts=2)
-    assert_nothing_lost(orch, run)
-    # Slurm has requeued the job before it says a word, and then tells the two apart nowhere (22.05).
-    assert (records[0]["outcome"], records[0]["exit_reason"]) == ("saved", "requeued_by_admin")
+def scancel_during_a_save(scene: Scene) -> None:
+    scene.wait_paused()
+    scancel(scene)
+    scene.wait_signalled()
+    scene.go()
+
+
+def orch_cancel(scene: Scene) -> None:
+    scene.mark()
+    scene.orch.json("cancel", scene.run)
+
+
+def scancel_in_the_queue(scene: Scene) -> None:
+    assert scene.orch.status(scene.run)["state"] == "queued"
+    scancel(scene)
+
+
+def kill_slurmd(scene: Scene) -> None:
+    """Slurm gives the node up after SlurmdTimeout and starts the job elsewhere; here the old one works on."""
+    (node,) = scene.orch.attempts(scene.run)[0]["nodes"]
+    scene.mark()
+    scene.cluster.stop(node, signal="SIGKILL")
+    scene.cluster.wait("the next attempt", lambda: len(scene.orch.attempts(scene.run)) == 2, timeout=90)
+    assert not fenced(scene), "both live for a while"
+    scene.cluster.wait("the old one to be fenced", lambda: fenced(scene), timeout=60)
+
+
+def fenced(scene: Scene) -> bool:
+    verdict = scene.directory / "verdict-000.json"
+    return verdict.exists() and '"fenced"' in verdict.read_text()
+
+
+def kill_agent(scene: Scene) -> None:
+    scene.mark()
+    scene.kill_agent()
+
+
+def kill_agent_whose_leash_holds(scene: Scene) -> None:
+    """Somebody else holds the FIFO open, so PID 1 never learns that its agent is gone."""
+    (leash,) = Path(f"/dev/shm/orch-{os.getuid()}").glob(f"{scene.run}.0.*/leash")
+    held = os.open(leash, os.O_RDWR)
+    try:
+        kill_agent(scene)
+        scene.cluster.wait(
+            "the old one to end", lambda: fenced(scene) or scene.orch.attempt(scene.run) == 1, timeout=90
+        )
+    finally:
+        os.close(held)
+
+
+def kill_pid_1(scene: Scene) -> None:
+    scene.mark()
+    scene.kill_pid_1()
+
+
+def kill_a_rank(scene: Scene) -> None:
+    scene.mark()
+    for pid in scene.ranks():
+        os.kill(pid, signal.SIGKILL)
+
+
+def kill_a_rank_during_a_save(scene: Scene) -> None:
+    scene.wait_paused()
+    kill_a_rank(scene)
+
+
+def kill_slurmstepd(scene: Scene) -> None:
+    stepd = processes.parent(scene.agent())
+    assert Path(f"/proc/{stepd}/comm").read_text().startswith("slurmstepd")
+    scene.mark()
+    os.kill(stepd, signal.SIGKILL)
+    scene.cluster.wait("the program to die", lambda: processes.of_run(scene.run) == [], timeout=10)
+
+
+def restart_dockerd(scene: Scene) -> None:
+    scene.mark()
+    scene.cluster.stop("dockerd", signal="SIGKILL")
+    scene.cluster.start_daemon("dockerd")
+
+
+def slurmctld_restarts_while_saving(scene: Scene) -> None:
+    preempt(scene)
+    scene.wait_signalled()
+    scene.cluster.stop("slurmctld", signal="SIGKILL")
+    scene.go()
+    scene.wait_event("verdict")
+    scene.cluster.start_daemon("slurmctld")
+
+
+def slurmctld_hangs_while_requeueing(scene: Scene) -> None:
+    scene.mark()
+    scene.notice("USR1")
+    scene.wait_signalled()
+    pid = scene.cluster.pid("slurmctld")
+    assert pid is not None
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        scene.go()
+        scene.wait_event("verdict")
+        scene.cluster.wait("a question without an answer", lambda: asking(scene), timeout=30, interval=0.05)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def asking(scene: Scene) -> bool:
+    """The end of the batch script waits for an answer of scontrol."""
+    job = scene.orch.attempts(scene.run)[0]["job_id"]
+    return bool(processes.commands("scontrol", "show", "job", "-o", job))
+
+
+def slurmctld_stays_away(scene: Scene) -> None:
+    agent = scene.agent()
+    scene.mark()
+    scene.cluster.stop("slurmctld", signal="SIGKILL")
+    os.kill(agent, signal.SIGUSR1)
+    sidecar = scene.directory / "sidecar.json"
+    scene.cluster.wait("the run to say what it needs", lambda: '"needs_resume"' in sidecar.read_text(), timeout=150)
+    scene.cluster.start_daemon("slurmctld")
+
+
+def drill(scene: Scene) -> None:
+    scene.mark()
+    scene.orch.json("preempt", scene.run)
+
+
+def notice_before_the_first_step(scene: Scene) -> None:
+    scene.wait_event("attempt_started")
+    scene.mark()
+    os.kill(scene.agent(), signal.SIGUSR1)
+
+
+def notice_while_paused(scene: Scene) -> None:
+    scene.wait_paused()
+    scene.mark()
+    scene.notice("USR1")
+    scene.wait_signalled()
+    scene.go()
+
+
+def notice_during_the_export(scene: Scene) -> None:
+    (scene.directory / "enough").touch()
+    notice_while_paused(scene)
+
+
+def usr1_twice(scene: Scene) -> None:
+    scene.mark()
+    scene.notice("USR1", "USR1")
+
+
+def usr1_then_term(scene: Scene) -> None:
+    scene.mark()
+    scene.notice("USR1", "TERM")
+
+
+def term_then_usr1(scene: Scene) -> None:
+    scene.mark()
+    scene.notice("TERM", "USR1")
+
+
+def preempt_a_rank_that_hangs(scene: Scene) -> None:
+    scene.cluster.wait("step 50", lambda: scene.orch.step(scene.run) == 50, timeout=60)
+    drill(scene)
+
+
+def hang(scene: Scene) -> None:
+    scene.cluster.wait("step 50", lambda: scene.orch.step(scene.run) == 50, timeout=60)
+    scene.mark()
+    scene.wait_event("attempt_started")
+    stacks = [scene.directory / "logs" / "attempt-000" / f"stack-rank-{rank}.txt" for rank in (0, 1)]
+    scene.cluster.wait("the stacks", lambda: all(path.exists() and path.read_text() for path in stacks), timeout=60)
+    scene.cluster.wait("rank 1's", lambda: "stand_still" in stacks[1].read_text(), timeout=30)
+
+
+def mend(scene: Scene) -> None:
+    """Nothing to do for the crash; what makes the resume work comes after it."""
+    scene.mark()
+    scene.orch.wait_for_state(scene.run, "failed", timeout=120)
+    (scene.directory / "mended").touch()
+
+
+def feed(scene: Scene) -> None:
+    scene.mark()
+    scene.orch.wait_for_state(scene.run, "failed", timeout=120)
+    (scene.directory / "fed").touch()
+
+
+# --- settings of the spec ------------------------------------------------------------------------------------------
+def partition(name: str, **more: Any) -> dict[str, Any]:
+    return {"slurm": {"partition": name, **more}}
+
+
+def paused(point: str, **more: Any) -> dict[str, Any]:
+    return {"env": {"PAUSE_AT": point}, **more}
+
+
+RETRY = {"retry": {"failure": 1, "backoff": "1s"}}
+USER_SIGNAL = ("SlurmctldParameters=preempt_send_user_signal",)
+QOS = ("PreemptType=preempt/qos", "PreemptMode=REQUEUE", "AccountingStorageEnforce=associations,qos")
+TWO_RANKS = {"torchrun": {"nproc_per_node": 2}, "resources": {"mem": "2G", "cpus_per_task": 2, "time": "00:10:00"}}
+TORCH = {"resources": {"mem": "2G", "time": "00:10:00"}}
+
+STOPS = (
+    Stop("preemption, Slurm's defaults (GraceTime=20)", preempt, CAME_BACK),
+    Stop("preemption, preempt_send_user_signal with `B:` (ours)", preempt, CAME_BACK, settings=USER_SIGNAL),
+    Stop(
+        "preemption, preempt_send_user_signal without `B:`",
+        preempt,
+        CAME_BACK,
+        settings=USER_SIGNAL,
+        spec={"slurm": {"partition": "low", "template": "without_b.sbatch.j2"}},
+    ),
+    Stop(
+        "preemption, GraceTime=0",
+        preempt,
+        ("requeued_by_admin", "completed"),  # Slurm 22.05 tells it apart from an administrator's nowhere
+        spec=partition("nograce"),
+    ),
+    Stop("preemption, PreemptMode=CANCEL", preempt, CAME_BACK, spec=partition("cancel")),
+    Stop("preemption, JobRequeue=0", preempt, CAME_BACK, settings=("JobRequeue=0",)),
+    Stop("preemption by QOS", preempt_by_qos, CAME_BACK, settings=QOS, spec=partition("low", qos="low")),
+    Stop(
+        "time limit",
+        nothing,
+        ("time_limit", "completed"),
+        spec={"resources": {"mem": "500M", "time": "00:02:00"}, "preemption": {"lead_time": "30s"}},
+    ),
+    Stop("`scontrol requeue` by an administrator", requeue_by_admin, ("requeued_by_admin", "completed")),
+    Stop("`scontrol requeuehold` (JobHeldAdmin), then released", hold_by_admin, ("requeued_by_admin", "completed")),
+    Stop("`scancel` while running", scancel, ("cancelled",), state="cancelled"),
+    Stop(
+        "`scancel` during a save",
+        scancel_during_a_save,
+        ("cancelled",),
+        state="cancelled",
+        spec=paused("save"),
+    ),
+    Stop("`orch cancel`", orch_cancel, ("cancelled",), state="cancelled"),
+    Stop(
+        "node failure: slurmd killed, SlurmdTimeout=10",
+        kill_slurmd,
+        ("node_failure", "completed"),
+        settings=("SlurmdTimeout=10",),
+        lost=EVERY_STEPS,
+        takeover=True,
+        begin_at=EVERY_STEPS + 5,
+    ),
+    Stop(
+        "slurmstepd killed",
+        kill_slurmstepd,
+        ("node_failure", "completed"),
+        lost=EVERY_STEPS,
+        begin_at=EVERY_STEPS + 5,
+    ),
+    Stop("agent killed", kill_agent, ("node_failure", "completed"), lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
+    Stop(
+        "agent killed while its leash is held open",
+        kill_agent_whose_leash_holds,
+        ("node_failure", "completed"),
+        spec=partition("low", nodelist="n1"),
+        lost=EVERY_STEPS,
+        takeover=True,
+        begin_at=EVERY_STEPS + 5,
+    ),
+    Stop("PID 1 killed", kill_pid_1, ("failure", "completed"), spec=RETRY, lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
+    Stop("rank killed", kill_a_rank, ("failure", "completed"), spec=RETRY, lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
+    Stop(
+        "rank killed during a save",
+        kill_a_rank_during_a_save,
+        ("failure", "completed"),
+        spec={**RETRY, **paused("save")},
+        lost=EVERY_STEPS,
+    ),
+    Stop(
+        "dockerd killed and restarted",
+        restart_dockerd,
+        ("failure", "completed"),
+        runtimes=("docker",),
+        spec=RETRY,
+        lost=EVERY_STEPS,
+        begin_at=EVERY_STEPS + 5,
+    ),
+    Stop(
+        "slurmctld killed while saving, and restarted",
+        slurmctld_restarts_while_saving,
+        CAME_BACK,
+        spec=paused("save"),
+        begin_at=EVERY_STEPS - 3,
+    ),
+    Stop(
+        "slurmctld hangs while requeueing",
+        slurmctld_hangs_while_requeueing,
+        CAME_BACK,
+        spec=paused("save"),
+        begin_at=EVERY_STEPS - 3,
+    ),
+    Stop(
+        "slurmctld stays away for more than a minute",
+        slurmctld_stays_away,
+        ("preempted",),
+        state="needs_resume",
+        words="did not say why",
+    ),
+    Stop(
+        "a node that may not requeue",
+        drill,
+        ("preempted",),
+        state="needs_resume",
+        words="refused to requeue",
+        spec={"slurm": {"partition": "low", "setup": ['PATH="{directory}/no-requeue:$PATH"']}},
+        resume=("--set", "slurm.setup=[]"),
+    ),
+    Stop(
+        "requeues used up (max_requeues=0)",
+        drill,
+        ("preempted",),
+        state="needs_resume",
+        words="max_requeues=0 is used up",
+        spec={"preemption": {"lead_time": "20s", "max_requeues": 0}},
+    ),
+    Stop(
+        "out of memory in a rank",
+        feed,
+        ("out_of_memory",),
+        state="failed",
+        words="killed a process at",
+        runtimes=("docker",),
+        program=EATER,
+        spec={"resources": {"mem": "1G", "time": "00:10:00"}},
+        resume=("--set", "resources.mem=2G"),
+        lost=EVERY_STEPS,
+    ),
+    Stop(
+        "a rank hangs in a collective, then a notice",
+        preempt_a_rank_that_hangs,
+        ("deadline_missed", "completed"),
+        program=COLLECTIVE,
+        spec={**TWO_RANKS, "preemption": {"lead_time": "8s"}},
+        lost=EVERY_STEPS,
+    ),
+    Stop(
+        "a rank hangs in a collective, no notice (watchdog.no_progress=5s)",
+        hang,
+        ("hung", "completed"),
+        program=COLLECTIVE,
+        spec={**TWO_RANKS, "preemption": {"lead_time": "8s"}, "watchdog": {"no_progress": "5s"}},
+        lost=EVERY_STEPS,
+    ),
+    Stop(
+        "crash loop",
+        mend,
+        ("failure", "failure", "failure"),
+        state="failed",
+        words="three attempts in a row made no new step",
+        program=CRASHER,
+        spec={"retry": {"failure": 9, "backoff": "2s"}},
+        begin_at=0,
+    ),
+    Stop("notice before the first step", notice_before_the_first_step, CAME_BACK, begin_at=0),
+    Stop("notice during the first step", notice_while_paused, CAME_BACK, spec=paused("step"), begin_at=0),
+    Stop(
+        "notice during the first batch (Lightning)",
+        notice_while_paused,
+        CAME_BACK,
+        program=LIGHTNING,
+        spec={**TORCH, **paused("step")},
+        begin_at=0,
+    ),
+    Stop(
+        "notice during a validation (Lightning)",
+        notice_while_paused,
+        CAME_BACK,
+        program=LIGHTNING,
+        spec={**TORCH, **paused("validation")},
+        begin_at=0,
+    ),
+    Stop("notice during a save", notice_while_paused, CAME_BACK, spec=paused("save")),
+    Stop("notice during the export", notice_during_the_export, ("completed",), spec=paused("export")),
+    Stop("USR1 twice", usr1_twice, CAME_BACK),
+    Stop("USR1, then TERM", usr1_then_term, CAME_BACK),
+    Stop("TERM, then USR1", term_then_usr1, CAME_BACK),
+)
+
+
+def rows() -> list[Any]:
+    return [pytest.param(stop, runtime, id=f"{stop.name} [{runtime}]") for stop in STOPS for runtime in stop.runtimes]
+
+
+@pytest.fixture
+def surroundings(orch: Orch) -> Path:
+    """What some rows find beside their spec: a template without `B:`, a scontrol that refuses to requeue."""
+    text = (REPOSITORY / "slurm_templates" / "run.sbatch.j2").read_text()
+    directives = "#SBATCH {{ directive }}\n{% endfor %}\n"
+    assert directives in text
+    own = text.replace(directives, directives + "#SBATCH --signal=USR1@20\n")
+    (orch.directory / "without_b.sbatch.j2").write_text(own)
+    scontrol = orch.directory / "no-requeue" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(
+        '#!/bin/sh\n[ "$1" != requeue ] || { echo "Access denied"; exit 1; }\nexec /usr/bin/scontrol "$@"\n'
+    )
+    scontrol.chmod(0o755)
+    return orch.directory
+
+
+@pytest.mark.parametrize(("stop", "runtime"), rows())
+def test_stop(stop: Stop, runtime: str, orch: Orch, cluster: Cluster, surroundings: Path) -> None:
+    if stop.settings:
+        cluster.configure(*stop.settings)
+    scene = Scene(stop, orch, runtime)
+    scene.submit()
+    stop.act(scene)
+    status = scene.settle()
+    seconds = time.monotonic() - scene.started_at
+    assert status["state"] == stop.state or stop.state == "completed"
+    assert seconds < WITHIN_S
+    state = stop.state
+    if state in TERMINAL and state != "completed":
+        assert stop.words in told(scene)
+        reasons = [attempt["exit_reason"] for attempt in orch.attempts(scene.run)]
+        assert orch.json("resume", scene.run, *stop.resume)["action"] == "resumed"
+        orch.wait_for_step(scene.run, 1, attempt=len(reasons), timeout=120)
+        status = orch.status(scene.run)
+    scene.finish()
+    reasons = tuple(attempt["exit_reason"] for attempt in orch.attempts(scene.run))
+    expected = scene.reasons() if state == "completed" else (*scene.reasons(), "completed")
+    assert reasons == expected, orch.story(scene.run)
+    lost = scene.steps_lost()
+    assert lost <= stop.lost
+    scene.assert_no_step_was_skipped()
+    if not stop.takeover:
+        scene.assert_attempts_never_mixed()
+    assert not (status["resumed_from"] or {}).get("skipped"), "no stop leaves a bad checkpoint behind"
+    record(scene, seconds=seconds, state=state, resumed=status["resumed_from"], lost=lost)
 
 
 def test_a_job_cancelled_in_the_queue_never_starts(orch: Orch, cluster: Cluster) -> None:
     cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", "--mem=0", wrap="sleep 300")
-    run = orch.submit(spec_for(orch, "none"))["run_id"]
+    run = orch.submit(script_spec(orch))["run_id"]
     assert orch.status(run)["state"] == "queued"
     orch.json("cancel", run)
     assert orch.wait_for_state(run, "cancelled", timeout=60)["attempt"] in (None, 0)
     assert said(orch, run) == []
-
-
-@pytest.mark.parametrize("runtime", ["none", "docker"])
-def test_a_second_notice_of_another_kind_is_harmless(orch: Orch, cluster: Cluster, runtime: str) -> None:
-    run = orch.submit(spec_for(orch, runtime))["run_id"]
-    orch.wait_for_step(run, 5)
-    job = orch.status(run)["job_id"]
-    for name in ("USR1", "TERM", "USR1"):
-        cluster.run("scancel", f"--signal={name}", f"{job}.0", check=False)  # the step may have ended by then
-    finish(orch, run, attempts=2)
-    assert_nothing_lost(orch, run)
-
-
-def test_a_notice_before_the_first_step_is_kept(orch: Orch, cluster: Cluster) -> None:
-    run = orch.submit(spec_for(orch, "docker"))["run_id"]
-    started = orch.run_dir(run) / "events" / "agent-n0.jsonl"
-    cluster.wait("the agent", lambda: started.exists() and "attempt_started" in started.read_text(), timeout=60)
-    os.kill(agent_of(orch, run), signal.SIGUSR1)
-    finish(orch, run, attempts=2)
-    assert_nothing_lost(orch, run)
-    assert len(steps_of(orch, run, 0)) <= 1
-
-
-def kill_agent(orch: Orch, run: str) -> None:
-    os.kill(agent_of(orch, run), signal.SIGKILL)
-
-
-def kill_pid_1(orch: Orch, run: str) -> None:
-    if containers := orch.cluster.containers():
-        orch.cluster.run("docker", "kill", *containers)
-    else:
-        (pid,) = pythons(f"launch.py /dev/shm/orch-{os.getuid()}/{run}.")
-        os.kill(pid, signal.SIGKILL)
-
-
-@pytest.mark.parametrize("runtime", ["none", "docker"])
-@pytest.mark.parametrize("kill", [kill_agent, kill_pid_1])
-def test_a_killed_supervisor_leaves_no_writer_behind_and_loses_at_most_every_steps(
-    orch: Orch, cluster: Cluster, runtime: str, kill: Callable[[Orch, str], None]
-) -> None:
-    run = orch.submit(spec_for(orch, runtime, retry={"failure": 1}))["run_id"]
-    orch.wait_for_step(run, EVERY_STEPS + 5)
-    kill(orch, run)
-    finish(orch, run, attempts=2)
-    assert_at_most_every_steps_lost(orch, run)
-    # Lines of the two attempts never mix: the first had ended before the second began.
-    numbers = [number for number, _, _ in said(orch, run)]
-    assert numbers == sorted(numbers)
-
-
-@pytest.mark.parametrize("runtime", ["none", "docker"])
-def test_nobody_writes_after_slurmstepd_was_killed(orch: Orch, cluster: Cluster, runtime: str) -> None:
-    """srun never hears of it and holds the allocation until the time limit; but no program runs on unsupervised."""
-    run = orch.submit(spec_for(orch, runtime))["run_id"]
-    orch.wait_for_step(run, EVERY_STEPS + 5)
-    agent = agent_of(orch, run)
-    parent = Path(f"/proc/{agent}/stat").read_text().rpartition(")")[2].split()[1]
-    assert Path(f"/proc/{parent}/comm").read_text().startswith("slurmstepd")
-    os.kill(int(parent), signal.SIGKILL)
-    cluster.wait("the agent to die", lambda: not Path(f"/proc/{agent}").exists(), timeout=10)
-    cluster.wait("the program to die", lambda: programs_of(run) == [], timeout=10)
-    orch.json("cancel", run)
-    orch.wait_for_state(run, "cancelled", timeout=60)
-    orch.json("resume", run)
-    finish(orch, run, attempts=2)
-    assert_at_most_every_steps_lost(orch, run)
-
-
-def test_a_silent_scheduler_leaves_the_run_saved_and_waiting(orch: Orch, cluster: Cluster) -> None:
-    run = orch.submit(spec_for(orch, "docker"))["run_id"]
-    orch.wait_for_step(run, 5)
-    agent = agent_of(orch, run)
-    cluster.stop("slurmctld", signal="SIGKILL")
-    os.kill(agent, signal.SIGUSR1)
-    sidecar = orch.run_dir(run) / "sidecar.json"
-    cluster.wait("the run to say what it needs", lambda: '"needs_resume"' in sidecar.read_text(), timeout=120)
-    assert orch.attempts(run)[0]["outcome"] == "saved"
-    cluster.start_daemon("slurmctld")
-    orch.wait_for_state(run, "needs_resume", timeout=120)
-    assert orch.json("resume", run)["action"] == "resumed"
-    finish(orch, run, attempts=2)
-    assert_nothing_lost(orch, run)
-
-
-def test_an_engine_that_is_restarted_does_not_end_a_run_twice(orch: Orch, cluster: Cluster) -> None:
-    run = orch.submit(spec_for(orch, "docker", retry={"failure": 1}))["run_id"]
-    orch.wait_for_step(run, EVERY_STEPS + 5)
-    cluster.stop("dockerd", signal="SIGKILL")
-    cluster.start_daemon("dockerd")
-    orch.wait_for_step(run, orch.step(run) + 3, attempt=orch.attempt(run))
-    (orch.run_dir(run) / "enough").touch()
-    orch.wait_for_state(run, "completed", timeout=120)
-    assert cluster.containers() == []
-    numbers = [number for number, _, _ in said(orch, run)]
-    assert numbers == sorted(numbers)
