@@ -9,6 +9,8 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
+from orchestrator.words import count as count
+
 Segment: TypeAlias = tuple[str, str]  # text, style ("" = none)
 Line: TypeAlias = Sequence[Segment]
 
@@ -81,11 +83,6 @@ def tolerate_any_text() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-
-
-def count(number: int) -> str:
-    """41880 → `41 880`."""
-    return f"{number:,}".replace(",", " ")
 
 
 def duration(seconds: float) -> str:

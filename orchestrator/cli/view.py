@@ -11,6 +11,7 @@ from orchestrator.operations.results import Attempt, Certificate, RunRow, RunSta
 from orchestrator.operations.sparklines import Trend
 from orchestrator.paths import RunPaths
 from orchestrator.states import ExitReason, JobState
+from orchestrator.words import next_steps, sentence
 
 
 def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None = None) -> list[Line]:
@@ -18,7 +19,7 @@ def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None =
     now = time.time() if now is None else now
     content: list[Line] = [_headline(status, now)]
     if status.message and status.state is not JobState.COMPLETED and status.message != status.state.value:
-        content.append([(f"  {_sentence(status.message)}", "")])
+        content.append([(f"  {sentence(status.message)}", "")])
     content += [_attempt(attempt, status, now) for attempt in status.attempts]
     if status.last_checkpoint is not None:
         content.append(_checkpoint(status, now))
@@ -61,12 +62,6 @@ def _step(status: RunStatus) -> str | None:
         return f"step {count(progress.step)}"
     share = 100 * progress.step / progress.max_steps
     return f"step {count(progress.step)} / {count(progress.max_steps)} ({share:.0f} %)"
-
-
-def _sentence(text: str) -> str:
-    """`the node died` → `The node died`; what begins with a name (`module.Error: …`, `data: …`) stays as it is."""
-    first = text.split(maxsplit=1)[0] if text.strip() else ""
-    return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
 def _attempt(attempt: Attempt, status: RunStatus, now: float) -> Line:
@@ -176,21 +171,10 @@ def _trend(trend: Trend, width: int) -> Line:
 
 def _next_steps(status: RunStatus) -> Iterable[str]:
     run = status.run_id
-    if status.state in (JobState.FAILED, JobState.LOST, JobState.NEEDS_RESUME):
-        yield _safety(status)
-        more = " --set resources.mem=…" if status.exit_reason is ExitReason.OUT_OF_MEMORY else ""
-        yield f"What it printed:  orch logs {run}        Go on:  orch resume {run}{more}"
-    elif status.state is JobState.CANCELLED:
-        yield f"{_safety(status)} Go on:  orch resume {run}"
-    elif status.state is JobState.RUNNING:
+    step = None if status.last_checkpoint is None else status.last_checkpoint.step
+    yield from next_steps(run, status.state, status.exit_reason, step)
+    if status.state is JobState.RUNNING:
         yield f"follow:  orch logs -f {run}        stop:  orch cancel {run}"
-
-
-def _safety(status: RunStatus) -> str:
-    checkpoint = status.last_checkpoint
-    if checkpoint is None:
-        return "No checkpoint was committed; a resume starts at the beginning."
-    return f"Your work is safe up to step {count(checkpoint.step)}."
 
 
 def row_of(row: RunRow, now: float) -> list[Segment]:
