@@ -113,8 +113,9 @@ def table(model: dict[str, Any]) -> str:
 
 
 def reference_of(field: dict[str, Any]) -> str:
-    """Name of the section a field refers to, or an empty string."""
-    return str(field.get("$ref", "")).removeprefix("#/$defs/")
+    """Name of the section a field refers to (or null), or an empty string."""
+    choices = [field, *field.get("anyOf", ())]
+    return next((choice["$ref"].removeprefix("#/$defs/") for choice in choices if "$ref" in choice), "")
 
 
 def default_of(name: str, field: dict[str, Any], model: dict[str, Any]) -> str:
@@ -123,7 +124,7 @@ def default_of(name: str, field: dict[str, Any], model: dict[str, Any]) -> str:
         return "**required**"
     if "default" not in field:
         return "`{}`"
-    return "" if reference_of(field) else f"`{json.dumps(field['default'], ensure_ascii=False)}`"
+    return "" if "$ref" in field else f"`{json.dumps(field['default'], ensure_ascii=False)}`"
 
 
 def words(field: dict[str, Any]) -> str:

@@ -25,7 +25,8 @@ def identity_fields(spec: JobSpec, code_hash: str) -> dict[str, Any]:
     """What makes a run this run: the same fields give the same bytes on every machine.
 
     Not in it: where and with how much it runs (backend, resources, torchrun, slurm, mounts), how it is kept safe
-    (checkpoint, preemption, retry), secrets, and what people write on it (tags, notes).
+    (checkpoint, preemption, retry), when it starts (after), who is told (notify), secrets, and what people write on it
+    (tags, notes).
     """
     job = spec.job.model_dump(mode="json")
     image = spec.container.image

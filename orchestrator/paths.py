@@ -77,6 +77,10 @@ class RunPaths:
         """pid and start time of a local run's agent."""
         return self.run_dir / "local-agent.json"
 
+    def notified(self, job_id: str, state: str) -> Path:
+        """Created exclusively by whoever tells that this submission has ended so: nobody else tells it again."""
+        return self.run_dir / f"notified-{job_id}-{state}"
+
     # --- owner: people
     @property
     def labels(self) -> Path:

@@ -57,6 +57,7 @@ class ExitReason(StrEnum):
     CONTAINER_FAILURE = "container_failure"
     CHECKPOINT_FAILURE = "checkpoint_failure"
     DEADLINE_MISSED = "deadline_missed"
+    DEPENDENCY_FAILED = "dependency_failed"
 
     @property
     def state(self) -> JobState:
@@ -92,5 +93,8 @@ _CONSEQUENCES: dict[ExitReason, _Consequence] = {
     ExitReason.CHECKPOINT_FAILURE: _Consequence(JobState.FAILED, "failure", "could not write or read a checkpoint"),
     ExitReason.DEADLINE_MISSED: _Consequence(
         JobState.NEEDS_RESUME, "max_requeues", "was stopped before a save was complete; the previous checkpoint stands"
+    ),
+    ExitReason.DEPENDENCY_FAILED: _Consequence(
+        JobState.NEEDS_RESUME, None, "a run it waits for ended without completing"
     ),
 }

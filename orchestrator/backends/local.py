@@ -15,7 +15,7 @@ from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
 from orchestrator.errors import BackendError, RegistryError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
-from orchestrator.worker.scheduler import local_job_id, process_identity
+from orchestrator.worker.scheduler import local_job_id, local_pid, process_identity
 
 if TYPE_CHECKING:
     from orchestrator.plan import Plan
@@ -83,32 +83,24 @@ class LocalBackend:
     def poll(self, handles: Sequence[JobHandle]) -> dict[JobHandle, JobStatus]:
         """Running while pid and start time exist, else unknown."""
         return {
-            handle: JobStatus(SchedulerState.RUNNING if _pid_of(handle) is not None else SchedulerState.UNKNOWN)
+            handle: JobStatus(
+                SchedulerState.RUNNING if local_pid(handle.job_id) is not None else SchedulerState.UNKNOWN
+            )
             for handle in handles
         }
 
     def cancel(self, handle: JobHandle) -> None:
         """SIGTERM to the agent: it saves, sees the tombstone and ends."""
-        pid = _pid_of(handle)
+        pid = local_pid(handle.job_id)
         if pid is not None:
             _send(pid, signals.SIGTERM)
 
     def signal(self, handle: JobHandle, signal: str) -> None:
         """Signal the agent; BackendError when it is not running."""
-        pid = _pid_of(handle)
+        pid = local_pid(handle.job_id)
         if pid is None:
             raise BackendError(f"local job {handle.job_id} is not running", hint="See `orch status`.")
         _send(pid, getattr(signals, f"SIG{signal}"))
-
-
-def _pid_of(handle: JobHandle) -> int | None:
-    """The agent's pid if that very process is alive; a zombie is not."""
-    pid = int(handle.job_id.partition(".")[0])
-    try:
-        alive = local_job_id(process_identity(pid)) == handle.job_id
-        return pid if alive and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" else None
-    except (FileNotFoundError, ProcessLookupError):
-        return None
 
 
 def _send(pid: int, signum: int) -> None:

@@ -12,10 +12,11 @@ from orchestrator.backends import open_backend
 from orchestrator.backends.base import SchedulerState
 from orchestrator.errors import BackendError, OrchError, RefusedError, RegistryError, SchedulerUnavailable
 from orchestrator.files import read_json, write_json
-from orchestrator.operations.describe import OpenBackend, ask_schedulers, stand
+from orchestrator.operations.dependencies import upstreams_first
+from orchestrator.operations.describe import OpenBackend, announce_ends, ask_schedulers, records_of, stand
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Cancelled, Signalled, Submitted
-from orchestrator.operations.roots import find_run, known_roots, run_names
+from orchestrator.operations.roots import find_run, known_roots
 from orchestrator.operations.state import Standing
 from orchestrator.operations.submission import (
     ask_or_raise,
@@ -27,7 +28,7 @@ from orchestrator.operations.submission import (
     start,
     translated,
 )
-from orchestrator.paths import RootPaths, RunPaths
+from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog
 from orchestrator.states import JobState
 
@@ -228,7 +229,8 @@ def _changed_spec(
         named = {"image": "container.image"}
         raise RefusedError(
             f"--set would change {', '.join(named.get(field, field) for field in drift)}, which makes it another run",
-            hint="resume may change resources, slurm, torchrun, checkpoint, preemption, retry; else submit again",
+            hint="resume may change resources, slurm, torchrun, checkpoint, preemption, retry, watchdog, notify, "
+            "after; else submit again",
         )
     return changed
 
@@ -246,15 +248,13 @@ def resume_all(
     places = [Path(root).expanduser().absolute()] if root else known_roots()
     done: list[Submitted] = []
     problems: dict[str, OrchError] = {}
-    for paths in (RootPaths(place).run(run_id) for place in places for run_id in run_names(place)):
+    records, unreadable = records_of(places)
+    asked, _ = ask_schedulers(records, open_backend)
+    announce_ends(records, asked)
+    waiting = [record.paths for record in records if stand(record, asked).state is JobState.NEEDS_RESUME]
+    for paths in upstreams_first(waiting):
         try:
-            if _standing(load_record(paths), open_backend).state is JobState.NEEDS_RESUME:
-                done.append(resume(str(paths.run_dir), environ=environ, open_backend=open_backend))
+            done.append(resume(str(paths.run_dir), environ=environ, open_backend=open_backend))
         except OrchError as error:
             problems[paths.run_dir.name] = error
-    return done, problems
-
-
-def _standing(record: Record, open_backend: OpenBackend) -> Standing:
-    asked, _ = ask_schedulers([record], open_backend)
-    return stand(record, asked)
+    return done, {**unreadable, **problems}

@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 from orchestrator.backends import open_backend
 from orchestrator.backends.base import Backend, JobHandle, JobStatus
 from orchestrator.backends.squeue import expand_nodes
-from orchestrator.errors import BackendError, RegistryError
+from orchestrator.errors import BackendError, OrchError, RegistryError
 from orchestrator.files import read_json
+from orchestrator.operations.announcing import announce
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Attempt, CheckpointRef, Progress, RunRow, RunStatus
 from orchestrator.operations.roots import find_run, known_roots, run_names
@@ -25,14 +26,22 @@ Asked: TypeAlias = dict[JobHandle, JobStatus]
 
 def status(run: str, *, root: str | Path | None = None, open_backend: OpenBackend = open_backend) -> RunStatus:
     """Where a run stands. Reads files and asks its scheduler once. Raises RunNotFound, RegistryError."""
-    return status_at(find_run(run, root), open_backend=open_backend)
+    return status_at(find_run(run, root), open_backend=open_backend, announcing=True)
 
 
-def status_at(paths: RunPaths, *, open_backend: OpenBackend = open_backend) -> RunStatus:
-    """`status` of a run whose directory is known."""
+def status_at(paths: RunPaths, *, open_backend: OpenBackend = open_backend, announcing: bool = False) -> RunStatus:
+    """`status` of a run whose directory is known; `announcing` has an end told that no agent could tell."""
     record = load_record(paths)
     asked, silent = ask_schedulers([record], open_backend)
+    if announcing:
+        announce_ends([record], asked)
     return describe(record, asked, _as_warnings(silent))
+
+
+def announce_ends(records: Iterable[Record], asked: Asked) -> None:
+    """Have the ends told that no agent could tell (`notify`)."""
+    jobs = [(record, asked.get(record.handle) if record.handle else None) for record in records]
+    announce((record, resolve(record, job), job) for record, job in jobs)
 
 
 def _as_warnings(silent: Iterable[str]) -> list[str]:
@@ -201,25 +210,28 @@ def ps(
 ) -> tuple[list[RunRow], list[str]]:
     """Runs under the root (all known roots when none is given), newest first, and warnings about unreadable ones."""
     places = [Path(root).expanduser().absolute()] if root else known_roots()
-    records, warnings = _records(places)
+    records, unreadable = records_of(places)
     asked, silent = ask_schedulers(records, open_backend)
+    announce_ends(records, asked)
+    warnings = [f"{run_id}: {error.message}" for run_id, error in unreadable.items()]
     wanted = set(states)
     rows = [_row(record, stand(record, asked)) for record in records]
     kept = [row for row in rows if not wanted or row.state in wanted]
     return sorted(kept, key=lambda row: row.submitted or 0.0, reverse=True), warnings + _as_warnings(silent)
 
 
-def _records(places: Iterable[Path]) -> tuple[list[Record], list[str]]:
+def records_of(places: Iterable[Path]) -> tuple[list[Record], dict[str, OrchError]]:
+    """All runs under these roots, and what is wrong with those that cannot be read."""
     records: list[Record] = []
-    warnings: list[str] = []
+    unreadable: dict[str, OrchError] = {}
     now = time.time()
     for place in places:
         for run_id in run_names(place):
             try:
                 records.append(load_record(RootPaths(place).run(run_id), now=now))
             except RegistryError as error:  # one broken run must not hide the others
-                warnings.append(f"{run_id}: {error.message}")
-    return records, warnings
+                unreadable[run_id] = error
+    return records, unreadable
 
 
 def _row(record: Record, standing: Standing) -> RunRow:

@@ -6,8 +6,10 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from orchestrator.errors import SpecError
+from orchestrator.operations.dependencies import full_ids
 from orchestrator.operations.results import Validated
-from orchestrator.operations.submission import SpecLike, prepare
+from orchestrator.operations.submission import Request, SpecLike, prepare
 
 
 def validate(
@@ -26,8 +28,16 @@ def validate(
         code_hash=snapshot.code_hash,
         code_files=len(snapshot.files),
         code_bytes=snapshot.size_bytes,
-        warnings=tuple(_warnings(request.spec.secrets, request.root, environ)),
+        warnings=(*_warnings(request.spec.secrets, request.root, environ), *_unknown_runs(request)),
     )
+
+
+def _unknown_runs(request: Request) -> Iterable[str]:
+    for entry in request.spec.after:
+        try:
+            full_ids([entry], request.root, request.run_id())
+        except SpecError as error:
+            yield f"{error.message}; `orch submit` will refuse until it is there"
 
 
 def _warnings(secrets: Iterable[str], root: Path, environ: Mapping[str, str]) -> Iterable[str]:

@@ -14,24 +14,10 @@ from orchestrator.errors import RegistryError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import load_run, read_events
+from orchestrator.registry.submissions import Submission, is_current, newest_submission, stated
+from orchestrator.states import JobState
 
 HEARTBEAT_FRESH_S = 60.0  # four beats of 15 s: one lost write does not declare a run dead
-
-
-@dataclass(frozen=True)
-class Submission:
-    """The newest submission. `job_id` is None while (or after) a submitter died between queueing and noting the id."""
-
-    token: str
-    backend: str
-    attempt_base: int
-    time: float
-    job_id: str | None
-
-    @property
-    def handle(self) -> JobHandle | None:
-        """The job, once its id is known."""
-        return None if self.job_id is None else JobHandle(self.backend, self.job_id)
 
 
 @dataclass(frozen=True)
@@ -47,6 +33,7 @@ class Record:
     tombstone: bool
     heartbeat_age_s: float | None
     logged_attempts: tuple[int, ...] = ()  # from the log directories: an attempt's earliest trace
+    waiting_for: tuple[str, ...] = ()  # runs that are not completed, before the first attempt of this submission
     problems: tuple[str, ...] = ()  # files that could not be read, in words
 
     @property
@@ -56,7 +43,10 @@ class Record:
     @property
     def handle(self) -> JobHandle | None:
         """The job of the newest submission; None while there is none, or its id is not known."""
-        return None if self.submission is None else self.submission.handle
+        submission = self.submission
+        if submission is None or submission.job_id is None:
+            return None
+        return JobHandle(submission.backend, submission.job_id)
 
     @property
     def interrupted(self) -> bool:
@@ -83,16 +73,20 @@ class Record:
     @property
     def sidecar_is_current(self) -> bool:
         """True when the sidecar speaks about the newest submission, not about one before it."""
-        numbers = [int(row["attempt"]) for row in self.attempts if row.get("attempt") is not None]
-        base = self.submission.attempt_base if self.submission else 0
-        return bool(self.sidecar) and max(numbers, default=-1) >= base
+        return is_current(self.sidecar, self.submission)
+
+    @property
+    def stated(self) -> JobState | None:
+        """The state the agent of node 0 wrote about the newest submission."""
+        return stated(self.sidecar, self.submission)
 
     @property
     def elsewhere(self) -> str | None:
         """The machine a local run was started on, when it is not this one: its processes cannot be seen from here."""
-        if self.submission is None or self.submission.backend != "local" or not self.attempts:
+        if self.submission is None or self.submission.backend != "local":
             return None
-        nodes = self.attempts[-1].get("nodes") or ()
+        nodes = (self.attempts[-1].get("nodes") if self.sidecar_is_current and self.attempts else None) or ()
+        nodes = nodes or self.submission.host or ()
         names = [nodes] if isinstance(nodes, str) else list(nodes)
         return str(names[0]) if names and os.uname().nodename not in names else None
 
@@ -112,20 +106,44 @@ def load_record(paths: RunPaths, *, now: float | None = None) -> Record:
     try:
         view = load_run(paths)
         events = tuple(read_events(paths))
+        submission = newest_submission(events)
         return Record(
             paths=paths,
             sidecar=view.sidecar or {},
             events=events,
             progress=view.progress or {},
             verdict=_newest_verdict(paths),
-            submission=_submission(events),
+            submission=submission,
             tombstone=view.cancelled,
             heartbeat_age_s=None if view.heartbeat is None else max(0.0, now - view.heartbeat),
             logged_attempts=_logged_attempts(paths),
+            waiting_for=_waiting_for(paths, events, submission),
             problems=view.problems,
         )
     except OSError as error:
         raise RegistryError(f"cannot read {paths.run_dir}: {error}", hint="is the shared disk mounted here?") from error
+
+
+def _waiting_for(
+    paths: RunPaths, events: Iterable[Mapping[str, Any]], submission: Submission | None
+) -> tuple[str, ...]:
+    """Whom the newest submission waits for, as its submitter and its agent noted it; nobody once it has started."""
+    runs: list[str] = []
+    for event in events if submission is not None and submission.job_id is not None else ():
+        if event.get("action") == "waiting_for" and submission and event.get("job_id") == submission.job_id:
+            runs = list(event.get("runs") or ())
+        elif (
+            event.get("event") == "attempt_started"
+            and submission
+            and (event.get("attempt") or 0) >= submission.attempt_base
+        ):
+            return ()
+    sidecars = {run: load_run(RunPaths(paths.run_dir.parent / run)).sidecar for run in runs if _there(paths, run)}
+    return tuple(run for run in runs if (sidecars.get(run) or {}).get("status") != JobState.COMPLETED)
+
+
+def _there(paths: RunPaths, run: str) -> bool:
+    return (paths.run_dir.parent / run).is_dir()
 
 
 def _newest_verdict(paths: RunPaths) -> Mapping[str, Any]:
@@ -142,28 +160,3 @@ def _newest_verdict(paths: RunPaths) -> Mapping[str, Any]:
 def _logged_attempts(paths: RunPaths) -> tuple[int, ...]:
     names = (entry.name for entry in (paths.run_dir / "logs").glob("attempt-*"))
     return tuple(int(match[1]) for name in names if (match := re.fullmatch(r"attempt-(\d+)", name)))
-
-
-def _submission(events: Iterable[Mapping[str, Any]]) -> Submission | None:
-    """The newest intent to submit, with the job id once it is known; a failed one gives way to the one before it."""
-    made: list[Submission] = []
-    for event in events:
-        if event.get("event") == "action" and event.get("action") == "submitting":
-            made.append(_from_event(event))
-        elif event.get("event") == "action" and event.get("action") == "submission_failed":
-            made = [known for known in made if known.token != event.get("token")]
-        elif event.get("event") == "submitted":
-            submission = _from_event(event)
-            made = [*(known for known in made if known.token != submission.token), submission]
-    return made[-1] if made else None
-
-
-def _from_event(event: Mapping[str, Any]) -> Submission:
-    job_id = event.get("job_id")
-    return Submission(
-        token=str(event.get("token", "")),
-        backend=str(event.get("backend", "")),
-        attempt_base=int(event.get("attempt_base") or 0),
-        time=float(event.get("time") or 0.0),
-        job_id=None if job_id is None else str(job_id),
-    )

@@ -35,7 +35,7 @@ def is_settled(record: Record) -> bool:
     """
     if record.submission is None:
         return not record.heartbeat_fresh
-    return _stated(record) in (JobState.COMPLETED, JobState.CANCELLED, JobState.FAILED)
+    return record.stated in (JobState.COMPLETED, JobState.CANCELLED, JobState.FAILED)
 
 
 def _alive(record: Record, job: JobStatus | None) -> bool:
@@ -45,21 +45,13 @@ def _alive(record: Record, job: JobStatus | None) -> bool:
         job is not None and record.submission is not None and record.submission.backend == "local"
     ):
         # A local agent that is not among the processes has ended, whatever its orphans still write.
-        return record.elsewhere is not None and record.heartbeat_fresh
+        return record.elsewhere is not None and (record.heartbeat_fresh or bool(record.waiting_for))
     # Nobody who could be asked knows: a fresh heartbeat means somebody is training (another cluster's queue, say).
     if job is None and record.submission is not None and record.submission.job_id is not None:
         # A program that does not use our library, or has not got that far, has no heartbeat to miss.
-        silent = record.heartbeat_age_s is None and _stated(record) is JobState.RUNNING
-        return record.heartbeat_fresh or silent or _stated(record) in (None, JobState.QUEUED, JobState.PREEMPTED)
+        silent = record.heartbeat_age_s is None and record.stated is JobState.RUNNING
+        return record.heartbeat_fresh or silent or record.stated in (None, JobState.QUEUED, JobState.PREEMPTED)
     return record.heartbeat_fresh
-
-
-def _stated(record: Record) -> JobState | None:
-    """The state the agent of node 0 wrote about the newest submission."""
-    if not record.sidecar_is_current:
-        return None
-    value = record.sidecar.get("status")
-    return next((state for state in JobState if state == value), None)
 
 
 def _last_reason(record: Record) -> ExitReason | None:
@@ -73,12 +65,16 @@ def reason_of(value: object) -> ExitReason | None:
 
 
 def _resolve_alive(record: Record, job: JobStatus | None) -> Standing:
-    stated = _stated(record)
+    stated = record.stated
     stopping = ["being cancelled"] if record.tombstone else []
     if job is not None and job.state is SchedulerState.PENDING:
         words = f"waiting: {job.reason}" if job.reason else "waiting in the queue"
+        if record.waiting_for and job.reason in ("", "Dependency"):
+            words = _waiting_for(record)
         state = JobState.QUEUED if record.last_attempt is None or stated is None else JobState.PREEMPTED
         return Standing(state, True, None, "; ".join([words + _held(job.reason), *stopping]))
+    if stated is None and record.waiting_for and record.submission and record.submission.backend == "local":
+        return Standing(JobState.QUEUED, True, None, "; ".join([_waiting_for(record), *stopping]))
     if stated is not None and stated is not JobState.LOST:
         said = [str(record.sidecar["message"])] if record.sidecar.get("message") else []
         return Standing(stated, True, None, "; ".join([*said, *stopping]))
@@ -87,13 +83,17 @@ def _resolve_alive(record: Record, job: JobStatus | None) -> Standing:
     return Standing(JobState.RUNNING, True, None, "; ".join(stopping))
 
 
+def _waiting_for(record: Record) -> str:
+    return f"waiting for {', '.join(record.waiting_for)}"
+
+
 def _held(reason: str) -> str:
     """A job on hold stays there until somebody releases it: JobHeldAdmin, launch_failed_requeued_held, …: say so."""
     return " (`scontrol release` lets it go on)" if "held" in reason.lower() else ""
 
 
 def _resolve_ended(record: Record, job: JobStatus | None) -> Standing:
-    stated = _stated(record)
+    stated = record.stated
     words = str(record.sidecar.get("message") or "") if record.sidecar_is_current else ""
     if stated in (JobState.COMPLETED, JobState.FAILED, JobState.NEEDS_RESUME, JobState.CANCELLED):
         if record.tombstone and stated is JobState.NEEDS_RESUME:

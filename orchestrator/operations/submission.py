@@ -23,6 +23,7 @@ from orchestrator.errors import (
     SpecError,
 )
 from orchestrator.files import read_json, write_atomic, write_json
+from orchestrator.operations.dependencies import Awaited, full_ids, planned, settle
 from orchestrator.operations.describe import OpenBackend, ask_schedulers, stand
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Submitted
@@ -95,7 +96,8 @@ def plan_of(
         run_id = _free_id(request) if new else request.run_id()
         paths = RootPaths(request.root).run(run_id)
         record = load_record(paths) if paths.run_dir.is_dir() else None
-        return render(request.spec, paths, request.root, request.snapshot.code_hash, record)
+        awaited = planned(full_ids(request.spec.after, request.root, run_id), request.root)
+        return render(request.spec, paths, request.root, request.snapshot.code_hash, record, awaited)
 
 
 def prepare(
@@ -143,9 +145,22 @@ def check(spec: JobSpec, environ: Mapping[str, str]) -> None:
             f"secrets: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in this environment",
             hint="export the value in this shell (it is handed over in a file only you can read) and submit again",
         )
+    _check_webhook(spec, environ)
     if spec.backend == "local":
         _check_mounts(spec)
         _check_engine(spec, environ)
+
+
+def _check_webhook(spec: JobSpec, environ: Mapping[str, str]) -> None:
+    name = None if spec.notify is None else spec.notify.webhook_secret
+    if name is not None:
+        from orchestrator.spec.webaddress import is_web_address
+
+        if not is_web_address(environ[name]):
+            raise SpecError(
+                f"notify.webhook: the value of ${name} is no http:// or https:// URL",
+                hint="export the whole URL in this shell, without quotes or a line break in it",
+            )
 
 
 def _check_mounts(spec: JobSpec) -> None:
@@ -310,14 +325,14 @@ def _already(record: Record, action: str) -> Submitted:
     )
 
 
-def render(spec: JobSpec, paths: RunPaths, root: Path, code_hash: str, record: Record | None) -> Plan:
+def render(spec: JobSpec, paths: RunPaths, root: Path, code_hash: str, record: Record | None, awaited: Awaited) -> Plan:
     """The plan of the next submission. The same state of the run directory gives the same bytes."""
     from orchestrator.plan import render_plan
 
     last = record.last_attempt if record else None
     library = library_of(paths)
     return render_plan(
-        spec,
+        spec.model_copy(update={"after": awaited.run_ids}),
         run_id=paths.run_dir.name,
         root=root,
         code_hash=code_hash,
@@ -325,6 +340,7 @@ def render(spec: JobSpec, paths: RunPaths, root: Path, code_hash: str, record: R
         attempt_base=0 if last is None else last + 1,
         python=sys.executable,
         nonce=str(_submissions(record) if record else 0),
+        after_jobs=awaited.jobs,
     )
 
 
@@ -358,13 +374,18 @@ def start(
     paths = record.paths
     first = record.submission is None and record.last_attempt is None
     code_hash = snapshot if isinstance(snapshot, str) else snapshot.code_hash
-    plan = render(spec, paths, root, code_hash, record)
+    awaited = settle(full_ids(spec.after, root, paths.run_dir.name), root, paths.run_dir.name, backend)
+    spec = spec.model_copy(update={"after": awaited.run_ids})
+    plan = render(spec, paths, root, code_hash, record, awaited)
     try:
         for code in (snapshot, library_of(paths)):
             if not isinstance(code, str):
                 _store_code(code, root)
         _write_run(spec, plan, paths, environ)
         handle = _queue(plan, paths, environ, backend)
+        if awaited.waiting_for:
+            log = EventLog(paths, "login")
+            log.append("action", action="waiting_for", runs=awaited.waiting_for, job_id=handle.job_id)
     except BaseException:
         # Secrets never outlive a submission that did not happen, whatever stopped it (Ctrl-C included).
         paths.secrets.unlink(missing_ok=True)
@@ -440,7 +461,9 @@ def _queue(plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Bac
 
 
 def _note_submitted(paths: RunPaths, job_id: str, backend: str, token: str, attempt_base: int) -> None:
-    EventLog(paths, "login").append("submitted", job_id=job_id, backend=backend, token=token, attempt_base=attempt_base)
+    EventLog(paths, "login").append(
+        "submitted", job_id=job_id, backend=backend, token=token, attempt_base=attempt_base, host=os.uname().nodename
+    )
 
 
 def _remembered(paths: RunPaths, root: Path, environ: Mapping[str, str]) -> tuple[str, ...]:

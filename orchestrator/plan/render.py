@@ -34,6 +34,7 @@ EXPORTED = (
     "USER",
     "XDG_RUNTIME_DIR",
 )
+_READY = "-m orchestrator.worker.agent ready "
 
 # How long other nodes may take once the first one's agent has ended: to notice that, and to end their containers.
 _SRUN_GRACE_S = 60
@@ -71,11 +72,13 @@ def render_plan(
     python: str,
     attempt_base: int = 0,
     nonce: str = "0",
+    after_jobs: Sequence[str] = (),
 ) -> Plan:
     """Render everything a submission consists of.
 
     `python` is the interpreter that runs `orch`, used on the nodes unless `slurm.python` names another; `nonce` tells
-    two submissions of the same attempt apart. Raises SpecError where a value cannot be carried by an `#SBATCH` line.
+    two submissions of the same attempt apart; `after_jobs` are the jobs of the runs in `after` that go on.
+    Raises SpecError where a value cannot be carried by an `#SBATCH` line.
     """
     paths = RootPaths(root).run(run_id)
     python = spec.slurm.python or python
@@ -92,7 +95,14 @@ def render_plan(
     token = f"orch:{run_id}:{content[:16]}"
     script = ""
     if spec.backend == "slurm":
-        script = render_script(spec, paths, token=token, attempt_base=attempt_base, python=python)
+        script = render_script(
+            spec, paths, token=token, attempt_base=attempt_base, python=python, after_jobs=after_jobs
+        )
+        if spec.after and _READY not in script:
+            raise SpecError(
+                f"slurm.template: {spec.slurm.template} does not look whether the runs in `after` are completed",
+                hint="Take over the lines below `{% if after %}` from slurm_templates/run.sbatch.j2.",
+            )
     return Plan(run_id=run_id, backend=spec.backend, run_dir=paths.run_dir, script=script, agent=agent, token=token)
 
 
@@ -133,6 +143,8 @@ def render_agent_plan(
         "watchdog": {"no_progress_s": None if no_progress is None else int(no_progress)},
         "env": dict(spec.env),
         "secrets": list(spec.secrets),
+        "notify": None if spec.notify is None else spec.notify.model_dump(mode="json"),
+        "after": list(spec.after),
     }
 
 
@@ -154,16 +166,19 @@ def checkpoint_uri(spec: JobSpec, paths: RunPaths) -> str:
 
 
 # --- the batch script ------------------------------------------------------------------------------------------------
-def render_script(spec: JobSpec, paths: RunPaths, *, token: str, attempt_base: int, python: str) -> str:
+def render_script(
+    spec: JobSpec, paths: RunPaths, *, token: str, attempt_base: int, python: str, after_jobs: Sequence[str] = ()
+) -> str:
     """The batch script. Every value is quoted here; the template holds loops and ifs only."""
     signals = list(dict.fromkeys([spec.preemption.signal, "USR1", "TERM"]))
     context = {
         "run_id": paths.run_dir.name,
-        "directives": sbatch_directives(spec, paths, token),
+        "directives": sbatch_directives(spec, paths, token, after_jobs),
         "python": shlex.quote(python),
         "run_dir": shlex.quote(str(paths.run_dir)),
         "attempt_base": str(attempt_base),
         "setup": list(spec.slurm.setup),
+        "after": list(spec.after),
         "signal": spec.preemption.signal,
         "signals": " ".join(signals),
         "srun_args": shlex.join(srun_args(spec)),
@@ -191,7 +206,7 @@ def _fill_template(path: str | None, context: Mapping[str, object]) -> str:
         ) from error
 
 
-def sbatch_directives(spec: JobSpec, paths: RunPaths, token: str) -> list[str]:
+def sbatch_directives(spec: JobSpec, paths: RunPaths, token: str, after_jobs: Sequence[str] = ()) -> list[str]:
     """`#SBATCH` lines without the prefix, in a fixed order."""
     resources = spec.resources
     options: dict[str, object] = {
@@ -212,6 +227,9 @@ def sbatch_directives(spec: JobSpec, paths: RunPaths, token: str) -> list[str]:
     }
     given = {key: value for key, value in options.items() if value is not None}
     given.update({key: True if value is None else value for key, value in spec.slurm.options().items()})
+    if after_jobs:  # whether they have completed, the job itself looks up: Slurm only keeps it from starting in vain
+        asked = [spec.slurm.dependency, f"afterany:{':'.join(after_jobs)}"]
+        given["dependency"] = ",".join(part for part in asked if part)
     return [
         f"--{key}" if value is True else f"--{key}={_directive_value(key, str(value))}" for key, value in given.items()
     ]

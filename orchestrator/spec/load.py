@@ -249,6 +249,9 @@ def _resolve_paths(document: Document, base_dir: Path) -> list[Problem]:
     mounts = container.get("mounts") if isinstance(container, dict) else None
     for mount in mounts if isinstance(mounts, list) else ():
         _resolve_key(mount, "source", base_dir)
+    after = spec.get("after")
+    if isinstance(after, list):  # what holds no `/` is a run id
+        spec["after"] = [_absolute(e, base_dir) if isinstance(e, str) and "/" in e else e for e in after]
     if spec.get("workspace") is None:
         spec["workspace"] = {}
     if isinstance(spec["workspace"], dict):
@@ -356,8 +359,9 @@ def _unknown_key(path: KeyPath) -> str:
 def _all_fields() -> dict[str, list[str]]:
     fields = {"": list(JobSpec.model_fields)}
     for name, info in JobSpec.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            fields[name] = list(info.annotation.model_fields)
+        model = _model_in(info.annotation)
+        if model is not None:
+            fields[name] = list(model.model_fields)
     return fields
 
 

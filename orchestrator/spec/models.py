@@ -17,6 +17,7 @@ from pydantic import (
     ConfigDict,
     Field,
     Strict,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -25,10 +26,12 @@ from orchestrator.spec.images import image_refusal
 from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
 from orchestrator.spec.sbatch_options import normal_name, owned_by_step, refusal
 from orchestrator.spec.units import Duration, Memory, WallTime
+from orchestrator.spec.webaddress import is_web_address
 
 NAME_PATTERN = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 ARGUMENT_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+MAIL_ADDRESS = re.compile(r"[A-Za-z0-9_+=/!#$&'*?^{|}~.%][A-Za-z0-9_+=/!#$&'*?^{|}~.%-]*(@[A-Za-z0-9.-]+)?")
 _LONGEST = 128 * 1024 - 1  # Linux: MAX_ARG_STRLEN, one argument or NAME=value, with its final NUL
 
 
@@ -177,18 +180,12 @@ class Job(_Section):
     @field_validator("command", mode="before")
     @classmethod
     def _command_words(cls, value: Any) -> Any:
-        if isinstance(value, str):
-            raise ValueError(
-                f'expected a list of words, one per argument, such as ["python3", "x.py"]; got {shown(value)}'
-            )
-        return value
+        return _a_list_of_words(value)
 
     @field_validator("command")
     @classmethod
     def _command_program(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        if value is not None and not (value and value[0]):
-            raise ValueError("must name a program")
-        return value
+        return _names_a_program(value)
 
     @field_validator("args")
     @classmethod
@@ -572,6 +569,112 @@ class Workspace(_Section):
     )
 
 
+_ONE_OR_SEVERAL = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string", "minLength": 1}}]}
+
+
+class Notify(_Section):
+    """Who is told when a run has ended: sent by the host, after the state is written, once per submission and state."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "anyOf": [
+                {"required": [channel], "properties": {channel: {"not": {"type": "null"}}}}
+                for channel in ("mail", "webhook", "command")
+            ]
+        }
+    )
+
+    on: tuple[Literal["failed", "completed", "needs_resume", "lost", "cancelled"], ...] = Field(
+        ("failed", "needs_resume", "lost"), description="The final states that are told."
+    )
+    mail: Annotated[tuple[SomeText, ...], WithJsonSchema(_ONE_OR_SEVERAL)] = Field(
+        (),
+        description="A mail address or several, sent to through the node's `sendmail` or `mail`.",
+        examples=["me@example.org"],
+    )
+    webhook: SomeText | None = Field(
+        None,
+        description=(
+            "A JSON document is POSTed to this http(s) URL. `$NAME` takes the URL from a variable listed in `secrets`, "
+            "so that it stands in no file."
+        ),
+        examples=["$SLACK_URL"],
+    )
+    command: tuple[Text, ...] | None = Field(
+        None,
+        description="A program and its arguments, without a shell; the document is its standard input.",
+        examples=[["/home/me/bin/tell-me"]],
+    )
+
+    @field_validator("mail", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("on")
+    @classmethod
+    def _some_state(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("names no state, so nothing would ever be told; leave notify out instead")
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("mail")
+    @classmethod
+    def _addresses(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        findings: list[tuple[KeyPath, str]] = [
+            ((index,), f"{shown(address)} is not a mail address such as me@example.org")
+            for index, address in enumerate(value)
+            if not MAIL_ADDRESS.fullmatch(address)
+        ]
+        if findings:
+            raise Refusal(*findings)
+        return value
+
+    @field_validator("webhook")
+    @classmethod
+    def _url_or_name(cls, value: str | None) -> str | None:
+        if value is None or (value.startswith("$") and ENV_NAME.fullmatch(value[1:])):
+            return value
+        if value.startswith("$"):
+            raise ValueError("after `$` comes the name of a variable and nothing else, such as $SLACK_URL")
+        if not is_web_address(value):  # the value is not repeated: it may be a secret
+            raise ValueError("is no http:// or https:// URL; or write $NAME, a variable listed in secrets")
+        return value
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _command_words(cls, value: Any) -> Any:
+        return _a_list_of_words(value)
+
+    @field_validator("command")
+    @classmethod
+    def _command_program(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        return _names_a_program(value)
+
+    @model_validator(mode="after")
+    def _some_channel(self) -> Notify:
+        if not self.mail and self.webhook is None and self.command is None:
+            raise Refusal(((), "tells nobody; give at least one of mail, webhook and command"))
+        return self
+
+    @property
+    def webhook_secret(self) -> str | None:
+        """Name of the secret that holds the URL; None where the URL itself was written."""
+        return self.webhook[1:] if self.webhook is not None and self.webhook.startswith("$") else None
+
+
+def _a_list_of_words(value: Any) -> Any:
+    if isinstance(value, str):
+        raise ValueError(f'expected a list of words, one per argument, such as ["python3", "x.py"]; got {shown(value)}')
+    return value
+
+
+def _names_a_program(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    if value is not None and not (value and value[0]):
+        raise ValueError("must name a program")
+    return value
+
+
 class JobSpec(_Section):
     """One run, as it was asked for."""
 
@@ -598,6 +701,15 @@ class JobSpec(_Section):
     retry: Retry = Field(Retry(), description="Requeues per cause.")
     watchdog: Watchdog = Field(Watchdog(), description="Standing still.")
     workspace: Workspace = Field(Workspace(), description="The code snapshot.")
+    notify: Notify | None = Field(None, description="Who is told when the run has ended.")
+    after: tuple[SomeText, ...] = Field(
+        (),
+        description=(
+            "Start when these runs are completed: run ids, unique beginnings of one, or run directories under the "
+            "same root. A directory is relative to the spec file."
+        ),
+        examples=[["prepare-3f9a1c20b7"]],
+    )
     env: dict[str, Text] = Field(
         default_factory=dict,
         description="Environment of the job. Values are text; numbers and true/false are passed as written.",
@@ -664,6 +776,23 @@ class JobSpec(_Section):
         return self
 
     @model_validator(mode="after")
+    def _the_webhook_is_a_secret(self) -> JobSpec:
+        name = None if self.notify is None else self.notify.webhook_secret
+        if name is not None and name not in self.secrets:
+            what = f"${name} is not listed in secrets; add it there:  secrets: [{name}]"
+            raise Refusal((("notify", "webhook"), what))
+        return self
+
+    @model_validator(mode="after")
+    def _dependencies_can_be_combined(self) -> JobSpec:
+        if self.after and "?" in (self.slurm.dependency or ""):
+            what = (
+                "alternatives (`?`) cannot be combined with after: Slurm takes either all or any; drop one of the two"
+            )
+            raise Refusal((("slurm", "dependency"), what))
+        return self
+
+    @model_validator(mode="after")
     def _secrets_are_not_in_env(self) -> JobSpec:
         both = [
             (("env", name), "is listed in secrets too; a secret's value must not be in the spec")
@@ -683,4 +812,4 @@ def _variable_fault(name: str) -> str | None:
     return None
 
 
-RESERVED_TOP_KEYS = ("sweep", "notify", "after")
+RESERVED_TOP_KEYS = ("sweep",)

@@ -1,5 +1,6 @@
 """The host side of an attempt: what the batch script and the local backend start. `node_agent` does the work.
 
+python -m orchestrator.worker.agent ready RUN_DIR              the batch script, before srun, of a run with `after`
 python -m orchestrator.worker.agent node RUN_DIR               one Slurm task per node
 python -m orchestrator.worker.agent finish RUN_DIR --status N  the batch script, after srun has ended
 python -m orchestrator.worker.agent local RUN_DIR              the local backend: both, until no attempt follows
@@ -13,7 +14,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,22 @@ from orchestrator.errors import OrchError, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.identity import AGENT_PLAN_VERSION, attempt_number
 from orchestrator.paths import RunPaths
+from orchestrator.registry import EventLog, load_sidecar, read_events
+from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker import launch
-from orchestrator.worker.decision import exit_code
+from orchestrator.worker.decision import Decision, exit_code
 from orchestrator.worker.finish import AttemptBook
-from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node
+from orchestrator.worker.node_agent import STOP_SIGNALS, NodeAgent, Place, hold_stop_signals, run_node
+from orchestrator.worker.notify import Notifier
 from orchestrator.worker.scheduler import (
     LocalScheduler,
+    Requeued,
     Scheduler,
     SlurmScheduler,
     local_job_id,
     process_identity,
 )
+from orchestrator.worker.upstream import Upstream, blocked_by, look, note_waiting, times_waited, wait_here
 
 _PR_SET_PDEATHSIG = 1
 _PAUSE_TICK_S = 0.2
@@ -136,6 +142,9 @@ def local_main(run_dir: Path, environ: Mapping[str, str]) -> int:
     identity = process_identity(os.getpid())
     write_json(paths.local_agent, identity)
     scheduler = LocalScheduler(local_job_id(identity), paths.tombstone)
+    notifier = Notifier(orders, environ)
+    if (words := wait_here(orders["after"], paths, scheduler, STOP_SIGNALS)) is not None:
+        return _refuse(orders, scheduler, notifier, words)
     name = os.uname().nodename
     base, restarts = int(orders["attempt_base"]), 0
     while True:
@@ -146,6 +155,7 @@ def local_main(run_dir: Path, environ: Mapping[str, str]) -> int:
         _run_as(orders, place, scheduler, environ)
         decision = book.close(place.attempt, scheduler)
         if not decision.requeue:
+            _tell(notifier, decision, scheduler, place.attempt)
             return exit_code(decision)
         _pause(decision.delay_s, paths)
         restarts += 1
@@ -164,19 +174,72 @@ def finish_main(run_dir: Path, status: int, environ: Mapping[str, str]) -> int:
     scheduler = SlurmScheduler(environ)
     base = int(environ.get("ORCH_ATTEMPT_BASE", orders["attempt_base"]))
     book = AttemptBook(RunPaths(run_dir), orders)
-    decision = book.close(attempt_number(base, scheduler.restart_count), scheduler, srun_status=status)
+    notifier = Notifier(orders, environ)  # before the end is written, and with it the secrets are gone
+    attempt = attempt_number(base, scheduler.restart_count)
+    decision = book.close(attempt, scheduler, srun_status=status)
+    _tell(notifier, decision, scheduler, attempt)
     return exit_code(decision)
+
+
+def _tell(notifier: Notifier, decision: Decision, scheduler: Scheduler, attempt: int | None) -> None:
+    """Last of all: nothing that goes wrong here changes what was written, or the exit code."""
+    if not decision.requeue and decision.reason is not ExitReason.FENCED:  # then the run is another attempt's
+        notifier.tell(decision.state, decision.reason, decision.message, job_id=scheduler.job_id, attempt=attempt)
+
+
+def _refuse(orders: Mapping[str, Any], scheduler: Scheduler, notifier: Notifier, words: str) -> int:
+    """End a run that cannot start: what it waits for will not complete, or somebody stopped it."""
+    paths = RunPaths(Path(orders["run_dir"]))
+    cancelled = paths.tombstone.exists()
+    reason = ExitReason.CANCELLED if cancelled else ExitReason.DEPENDENCY_FAILED
+    message = reason.message if cancelled else words
+    decision = AttemptBook(paths, orders).refuse(scheduler.job_id, reason, message)
+    _tell(notifier, decision, scheduler, None)
+    return exit_code(decision)
+
+
+def ready_main(run_dir: Path, environ: Mapping[str, str], scheduler: SlurmScheduler | None = None) -> int:
+    """Print the number that attempts are counted from when this run may start; else put it back, or end it."""
+    for signum in STOP_SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)  # its own requeue, among others, sends one
+    orders = load_orders(run_dir)
+    paths, scheduler = RunPaths(run_dir), scheduler or SlurmScheduler(environ)
+    base = int(environ.get("ORCH_ATTEMPT_BASE", orders["attempt_base"]))
+    begun = any(int(entry["attempt"]) >= base for entry in (load_sidecar(paths) or {"attempts": ()})["attempts"])
+    found = [] if begun else look(orders["after"], run_dir.parent, scheduler)
+    jobs = [upstream.job_id for upstream in found if upstream.job_id is not None]
+    if (words := blocked_by(found)) is None and jobs:
+        answer = _back_to_wait(paths, found, scheduler, jobs)
+        if answer.ok:
+            return ExitCode.SAVED
+        words = f"{found[0].run_id} goes on, and this job could not be put back into the queue: {answer.message}"
+    if words is not None:
+        return _refuse(orders, scheduler, Notifier(orders, environ), words)
+    print(base - times_waited(read_events(paths), scheduler.job_id))
+    return ExitCode.DONE
+
+
+def _back_to_wait(
+    paths: RunPaths, found: Sequence[Upstream], scheduler: SlurmScheduler, jobs: Sequence[str]
+) -> Requeued:
+    """Noted first: the restart that follows is no attempt, and the requeue may end this process."""
+    events = EventLog(paths, "agent-n0")
+    note_waiting(events, found, scheduler.job_id)
+    events.append("action", action="back_to_wait", job_id=scheduler.job_id)
+    return scheduler.wait_for(jobs)
 
 
 def main(argv: list[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(prog="orch-agent")
-    parser.add_argument("role", choices=["node", "finish", "local"])
+    parser.add_argument("role", choices=["ready", "node", "finish", "local"])
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--status", type=int, default=0)
     parser.add_argument("--token", help="names a local submission in the list of processes; not read here")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.role == "ready":
+            return ready_main(arguments.run_dir, os.environ)
         if arguments.role != "finish":
             hold_stop_signals()
         if arguments.role == "node":

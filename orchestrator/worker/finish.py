@@ -60,6 +60,15 @@ class AttemptBook:
         )
         return judge(evidence)
 
+    def refuse(self, job_id: str, reason: ExitReason, message: str) -> Decision:
+        """End this submission before its first attempt: nothing is counted, nothing follows by itself."""
+        sidecar, orders = SidecarWriter(self.paths), self.orders
+        decision = Decision(False, reason.state, reason, message)
+        with sidecar.one_write():
+            sidecar.update(run_id=orders["run_id"], name=orders["name"], backend=orders["backend"], job_id=job_id)
+            self._write(sidecar, decision)
+        return self._announce(decision, None)
+
     # --- closing
     def close(self, attempt: int, scheduler: Scheduler, *, srun_status: int | None = None) -> Decision:
         """Judge the attempt, write what follows, and carry it out. The requeue comes last: it may end this process."""
@@ -126,13 +135,13 @@ class AttemptBook:
             self.paths.secrets.unlink(missing_ok=True)
         sidecar.update(status=decision.state.value, exit_reason=decision.reason.value, message=decision.message)
 
-    def _announce(self, decision: Decision, attempt: int) -> Decision:
+    def _announce(self, decision: Decision, attempt: int | None) -> Decision:
         """The end of the submission as an event, once the state is written."""
         kind = "cancelled" if decision.state is JobState.CANCELLED else "finished"
         self._finished(kind, attempt, decision.state, decision.reason, decision.message)
         return decision
 
-    def _finished(self, event: str, attempt: int, state: JobState, reason: ExitReason, message: str) -> None:
+    def _finished(self, event: str, attempt: int | None, state: JobState, reason: ExitReason, message: str) -> None:
         self.events.append(event, attempt=attempt, state=state.value, exit_reason=reason.value, message=message)
 
     def _end(self, sidecar: SidecarWriter, attempt: int, outcome: Outcome, srun_status: int | None = None) -> None:

@@ -33,12 +33,12 @@ _PEER_GRACE_S = 10.0  # for the ranks here to say themselves why they failed
 _DEADLINE_SLACK_S = 3.0  # PID 1 ends what is left so long after the deadline …
 _KILL_SLACK_S = 8.0  # … and the agent ends PID 1
 _FIRST_DEADLINE_S = 20.0  # until the scheduler has told the true one; the shortest grace in common use
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
 def hold_stop_signals() -> None:
     """Let the kernel keep what comes before the agent has its handlers; without them it would simply die of it."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class NodeAgent:
         """Only note what came; the loop does the work."""
         for signum in {signal.SIGTERM, signal.SIGUSR1, getattr(signal, "SIG" + self.orders["signal"])}:
             signal.signal(signum, self._on_signal)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.take_notice(signum)

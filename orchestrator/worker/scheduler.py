@@ -55,6 +55,9 @@ class Scheduler(Protocol):
     def requeue(self, delay_s: float = 0.0) -> Requeued:
         """Ask for another attempt, to begin after `delay_s`. Called once, after everything is saved and written."""
 
+    def holds(self, job_id: str) -> bool | None:
+        """Whether another job is still queued or running; None when nobody could say."""
+
 
 def process_identity(pid: int) -> dict[str, int]:
     """pid and start time (clock ticks since boot, proc(5) field 22): a reused pid has another start time."""
@@ -65,6 +68,16 @@ def process_identity(pid: int) -> dict[str, int]:
 def local_job_id(identity: Mapping[str, int]) -> str:
     """How a local job is named in events and on the command line."""
     return f"{identity['pid']}.{identity['start_time']}"
+
+
+def local_pid(job_id: str) -> int | None:
+    """The agent's pid if that very process is alive; a zombie is not."""
+    pid = int(job_id.partition(".")[0])
+    try:
+        alive = local_job_id(process_identity(pid)) == job_id
+        return pid if alive and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z" else None
+    except (FileNotFoundError, ProcessLookupError):
+        return None
 
 
 class LocalScheduler:
@@ -88,9 +101,15 @@ class LocalScheduler:
         """The caller loops, and pauses."""
         return Requeued(ok=True)
 
+    def holds(self, job_id: str) -> bool | None:
+        """True while that very agent is among the processes of this machine."""
+        return local_pid(job_id) is not None
+
 
 RUNNING = frozenset({"RUNNING", "SIGNALING", "RESIZING"})
 """What scontrol calls a job that runs: SIGNALING replaces RUNNING while a signal is on its way (22.05, measured)."""
+
+_HELD = RUNNING | {"PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
 
 Runner = Callable[[Sequence[str], float], "tuple[int, str]"]
 
@@ -178,6 +197,27 @@ class SlurmScheduler:
         if not noticed and int(job.get("Restarts", "0")) > self.restart_count:
             return ExitReason.NODE_FAILURE  # whoever else requeues a job has its processes told first
         return self.why(lead_time_s).cause
+
+    def holds(self, job_id: str) -> bool | None:
+        """`scontrol show job`: an ended job is known for a while, then it is not."""
+        code, output = self._ask(["scontrol", "show", "job", "-o", job_id], _PATIENCE_S)
+        if code != 0:
+            return False if "Invalid job id" in output else None
+        return any(parse_fields(line).get("JobState") in _HELD for line in output.splitlines())
+
+    def wait_for(self, job_ids: Sequence[str]) -> Requeued:
+        """Back into the queue until these jobs have ended, without an attempt. The order was measured on 22.05.
+
+        A running job takes no dependency. After the requeue this script still runs, so the job cannot start before it
+        has its dependency.
+        """
+        asked = self.requeue()
+        if not asked.ok:
+            return asked
+        dependency = f"dependency=afterany:{':'.join(job_ids)}"
+        code, output = self._run(["scontrol", "update", f"jobid={self.job_id}", dependency], _QUESTION_S)
+        # Without it the job only comes back too early, and looks again.
+        return Requeued(ok=True, message="" if code == 0 else output.strip())
 
     def node_names(self, nodelist: str) -> list[str]:
         """The names in a list such as `n[1-3]`; the list itself when Slurm cannot be asked."""

@@ -35,6 +35,12 @@ CASES: dict[str, dict[str, Any]] = {
         "torchrun": {"nproc_per_node": 2},
         "preemption": {"signal": "USR2", "lead_time": "90s"},
     },
+    "after": {
+        "name": "second",
+        "job": {"module": "jobs.pretrain"},
+        "slurm": {"dependency": "afterok:1", "setup": ["module load cuda/12"]},
+        "after": ["first-0123456789", "other-0123456789"],
+    },
     "hostile": {
         "name": "hostile",
         "backend": "slurm",
@@ -55,6 +61,7 @@ def script_of(case: dict[str, Any], root: str = "/shared/orch") -> str:
         code_hash="c" * 32,
         library_hash="d" * 32,
         python="/opt/venv/bin/python",
+        after_jobs=["41", "42"] if case.get("after") else (),
     )
     return plan.script
 

@@ -83,3 +83,19 @@ def test_a_broken_template_is_a_problem_of_the_spec(tmp_path: Path, text: str | 
 def test_values_that_no_sbatch_line_can_carry_are_refused(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match="cannot write its log"):
         plan(tmp_path / "100%")
+
+
+def test_a_template_that_would_start_the_job_too_early_is_refused(tmp_path: Path) -> None:
+    template = tmp_path / "own.j2"
+    template.write_text("#!/bin/bash\ntrue\n")
+    spec = {"name": "b", "backend": "slurm", "job": {"module": "m"}, "slurm": {"template": str(template)}}
+    arguments: dict[str, Any] = {
+        "run_id": "b-1",
+        "root": tmp_path,
+        "code_hash": "c",
+        "library_hash": "d",
+        "python": "p",
+    }
+    render_plan(parse_spec(spec, base_dir=tmp_path), **arguments)
+    with pytest.raises(SpecError, match="does not look whether"):
+        render_plan(parse_spec({**spec, "after": ["a"]}, base_dir=tmp_path), **arguments)

@@ -24,6 +24,11 @@ until [ -e "$STAGE/end" ]; do sleep 0.02; done
 exit "$(cat "$STAGE/code")"
 """
 PYTHON = """#!/bin/bash
+if [ "$3" = ready ]; then
+  echo "agent ready $4" >> "$STAGE/log"
+  cat "$STAGE/ready"
+  exit "$(cat "$STAGE/ready-code")"
+fi
 echo "agent $3 status $6" >> "$STAGE/log"
 exit "$(cat "$STAGE/finish-code")"
 """
@@ -32,12 +37,12 @@ exit "$(cat "$STAGE/finish-code")"
 class Stage:
     """A node with stand-ins on PATH."""
 
-    def __init__(self, directory: Path, **slurm: Any) -> None:
+    def __init__(self, directory: Path, after: tuple[str, ...] = (), **slurm: Any) -> None:
         self.directory = directory
         for name, text in (("srun", SRUN), ("python", PYTHON)):
             (directory / name).write_text(text)
             (directory / name).chmod(0o755)
-        spec = {"name": "run", "backend": "slurm", "job": {"module": "m"}, "slurm": slurm}
+        spec = {"name": "run", "backend": "slurm", "job": {"module": "m"}, "slurm": slurm, "after": after}
         plan = render_plan(
             parse_spec(spec, base_dir=directory),
             run_id="run-0123456789",
@@ -133,3 +138,25 @@ def test_an_unset_variable_in_set_up_is_the_user_s_business(new_stage: NewStage)
     stage = new_stage(setup=['echo "x $NOT_SET" > /dev/null'])
     stage.start()
     assert stage.end() == 0
+
+
+def test_a_run_that_may_start_counts_its_attempts_from_what_the_agent_says(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, after=("first",))
+    (tmp_path / "ready").write_text("3")
+    (tmp_path / "ready-code").write_text("0")
+    (tmp_path / "end").touch()
+    stage.start()
+    assert stage.process is not None
+    assert stage.process.wait(timeout=20) == 0
+    run_dir = tmp_path / "runs" / "run-0123456789"
+    assert stage.log() == [f"agent ready {run_dir}", "srun 3 0", "agent finish status 0"]
+
+
+def test_a_run_that_has_to_wait_again_starts_nothing(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, after=("first",))
+    (tmp_path / "ready").write_text("")
+    (tmp_path / "ready-code").write_text("75")
+    stage.start()
+    assert stage.process is not None
+    assert stage.process.wait(timeout=20) == 75
+    assert stage.log() == [f"agent ready {tmp_path / 'runs' / 'run-0123456789'}"]
