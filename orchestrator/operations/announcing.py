@@ -7,6 +7,7 @@ directory keeps a second command from sending them again.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from orchestrator.errors import OrchError
 from orchestrator.files import read_json
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.state import Standing, resolve
+
+_log = logging.getLogger(__name__)
 
 SHOWN_LATE_S = 5.0
 """A shared disk may show the agent's last word seconds after the scheduler has let go of the job."""
@@ -89,7 +92,7 @@ def _send(ends: list[dict[str, Any]]) -> None:
             start_new_session=True,  # Ctrl-C ends the command, not the message
         )
     except OSError as error:
-        print(f"warning: nobody was told of {len(ends)} ended runs: {error.strerror}", file=sys.stderr)
+        _log.warning("nobody was told of %d ended runs: %s", len(ends), error.strerror)
         return
     _started.append(sender)
     assert sender.stdin is not None
