@@ -60,8 +60,8 @@ cluster-test: $(STAMP) system ## the tests on the real cluster
 cluster: $(STAMP) system ## start the test cluster by hand; Ctrl-C ends it
 	@$(BIN)/python -m tests.cluster
 
-chaos: $(STAMP) ## kill, pause and starve saves many more times than `make test` does
-	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_RACES=300 $(PYTEST) tests/chaos
+chaos: $(STAMP) ## kill, pause and starve saves and whole runs many more times than `make test` does
+	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_RACES=300 ORCH_CHAOS_STOPS=400 $(PYTEST) tests/chaos
 
 bench: $(STAMP) ## the figures in benchmarks/
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
