@@ -19,8 +19,11 @@ USER = "mysql"
 def database(directory: Path, port: int, env: Mapping[str, str]) -> Service:
     """mariadbd in its own data directory, with the account that slurmdbd uses; creates the system tables (~1 s)."""
     home = directory / "mysql"
-    home.mkdir(mode=0o700)
-    shutil.chown(home, USER, USER)
+    temporary = home / "tmp"
+    for path in (home, temporary):
+        path.mkdir(mode=0o700)
+        shutil.chown(path, USER, USER)
+    env = {**env, "TMPDIR": str(temporary)}  # a server that starts in /tmp deletes the temporary tables of the others
     password = directory / "database.password"
     password.touch(mode=0o600)
     password.write_text(secrets.token_hex(16))
