@@ -1,4 +1,4 @@
-"""Fixtures of the real cluster. `cluster` is one per test run; afterwards every test leaves it idle again."""
+"""Fixtures of the real cluster: one per test process (xdist), and every test leaves it idle again."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from tests.cluster.requirements import why_not
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything below this folder is marked `cluster`; under xdist it stays in one worker (`--dist loadgroup`)."""
+    """Everything below this folder is marked `cluster`."""
     here = Path(__file__).parent
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 def _release() -> list[str]:

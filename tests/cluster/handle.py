@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tests.cluster.service import ClusterError, wait_for
+from tests.cluster.service import ClusterError, descendants, wait_for
 
 T = TypeVar("T")
 _REPOSITORY = Path(__file__).resolve().parents[2]
@@ -42,6 +42,7 @@ class Cluster:
         self.slurm_version = ".".join(description["slurm_version"].split(".")[:2])
         """The release: "22.05", "24.11"."""
         self.overrides: dict[str, str] = dict(description["env"])
+        self._supervisor: int = description["supervisor"]
         self._process = process
 
     @classmethod
@@ -178,6 +179,13 @@ class Cluster:
         """Process id of a daemon (munged, mariadbd, slurmdbd, slurmctld, n1 … n3, dockerd), None while it is down."""
         pid = self._ask(op="status")["pids"][daemon]
         return None if pid is None else int(pid)
+
+    def processes(self) -> list[int]:
+        """pids of everything that runs in this cluster (daemons, jobs, containers), and in no other of the machine.
+
+        Runs of the same spec have the same id in every cluster, so a search through all of /proc finds strangers.
+        """
+        return descendants(self._supervisor)
 
     def stop(self, daemon: str, *, signal: str = "SIGTERM") -> None:
         """End one daemon (SIGKILL: as in a crash) and wait until it is gone. Jobs of a slurmd live on."""

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import TypeVar
 
 T = TypeVar("T")
+PORTS = (30_000, 32_700)
+_claims: list[socket.socket] = []
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -36,24 +38,25 @@ def wait_for(what: str, probe: Callable[[], T], *, timeout: float, interval: flo
         time.sleep(interval)
 
 
-def free_port(taken: set[int]) -> int:
-    """A loopback port nobody listens on, not in `taken` (which it joins).
+def free_port() -> int:
+    """A loopback port nobody listens on, this process's until it ends: no other cluster of the machine is given it.
 
     Below the kernel's ephemeral range: a port from bind(0) can be handed to somebody's outgoing connection before the
-    daemon that it was reserved for binds it.
+    daemon that it was reserved for binds it. Above the ports on which the jobs' torchruns meet.
     """
     for _ in range(1000):
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        if port in taken:
-            continue
+        port = random.SystemRandom().randrange(*PORTS)
+        claim = socket.socket(socket.AF_UNIX)
         with socket.socket() as probe:
             try:
+                claim.bind(f"\0orch-test-port-{port}")  # an abstract name: gone with the process
                 probe.bind(("127.0.0.1", port))
             except OSError:
+                claim.close()
                 continue
-        taken.add(port)
+        _claims.append(claim)
         return port
-    raise ClusterError("no free loopback port between 20000 and 32000")
+    raise ClusterError(f"no free loopback port between {PORTS[0]} and {PORTS[1]}")
 
 
 def accepts(port: int, address: str = "127.0.0.1") -> bool:

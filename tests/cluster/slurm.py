@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.cluster.service import Service, accepts, call, free_port
+from tests.cluster.service import PORTS, Service, accepts, call, free_port
 
 NODES = ("n1", "n2", "n3")
 CPUS = 8
@@ -22,6 +22,8 @@ ClusterName=orchtest
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ctld_port}
 SlurmUser=root
+# Clusters side by side have jobs of different numbers: the port at which a run's nodes meet depends on them.
+FirstJobId={first_job}
 AuthType=auth/munge
 # A requeued job waits for the lifetime of its old credential (default 120 s) before it may start again.
 AuthInfo=socket={munge_socket},cred_expire=5
@@ -85,11 +87,12 @@ def munge_socket(directory: Path) -> Path:
     return directory / "munge" / "socket"
 
 
-def default_settings(directory: Path, *, ports: set[int], dbd_port: int | None) -> dict[str, str]:
+def default_settings(directory: Path, *, dbd_port: int | None) -> dict[str, str]:
     """The lines of slurm.conf by what they set, in order."""
     host = socket.gethostname().partition(".")[0]
+    ctld_port = free_port()
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={host} NodeAddr={_address(name)} Port={free_port(ports)} CPUs={CPUS} "
+        f"NodeName={name} NodeHostname={host} NodeAddr={_address(name)} Port={free_port()} CPUs={CPUS} "
         f"RealMemory={MEMORY_MB} Gres=gpu:{GPUS} State=UNKNOWN"
         for name in NODES
     )
@@ -102,8 +105,8 @@ def default_settings(directory: Path, *, ports: set[int], dbd_port: int | None) 
             f"AccountingStoragePass={munge_socket(directory)}\nJobAcctGatherType=jobacct_gather/linux"
         )
     text = _CONF.format(
-        host=host, ctld_port=free_port(ports), munge_socket=munge_socket(directory), dir=directory,
-        accounting=accounting, nodes=nodes,
+        host=host, ctld_port=ctld_port, munge_socket=munge_socket(directory), dir=directory, accounting=accounting,
+        nodes=nodes, first_job=(ctld_port - PORTS[0]) * 350 + 1,
     )  # fmt: skip
     return by_name(line for line in text.splitlines() if not line.startswith("#"))
 

@@ -78,9 +78,8 @@ class Supervisor:
         if self.docker:
             self._start_engine()
         self._up(slurm.start_munge(self.directory, self.env))
-        ports: set[int] = set()
-        dbd_port = self._start_accounting(ports) if self.accounting else None
-        self.settings = {**slurm.default_settings(self.directory, ports=ports, dbd_port=dbd_port), **self.settings}
+        dbd_port = self._start_accounting() if self.accounting else None
+        self.settings = {**slurm.default_settings(self.directory, dbd_port=dbd_port), **self.settings}
         slurm.prepare(self.directory)
         self._write_conf()
         if dbd_port is not None:
@@ -128,8 +127,8 @@ class Supervisor:
         service.start()
         service.wait_ready()
 
-    def _start_accounting(self, ports: set[int]) -> int:
-        database_port, dbd_port = free_port(ports), free_port(ports)
+    def _start_accounting(self) -> int:
+        database_port, dbd_port = free_port(), free_port()
         self._up(database.database(self.directory, database_port, self.env))
         # slurmdbd reads the location of its own file from that of slurm.conf, which need not exist yet.
         self._up(

@@ -48,6 +48,20 @@ def test_srun_hands_on_stdin_arguments_and_environment_unchanged(cluster: Cluste
     assert done.stdout == f"{hostile * 3}{tmp_path}\n"
 
 
+def test_two_clusters_side_by_side_know_their_own_processes_and_share_no_job_number(
+    cluster: Cluster, cluster_without_accounting: Cluster
+) -> None:
+    jobs, processes = [], []
+    for each in (cluster, cluster_without_accounting):
+        job = each.sbatch(wrap="sleep 60")
+        each.wait_state(job, "RUNNING")
+        jobs.append(job)
+        processes.append(set(each.processes()))
+        assert each.pid("slurmctld") in processes[-1]
+    assert not processes[0] & processes[1]
+    assert abs(int(jobs[0]) - int(jobs[1])) > 100
+
+
 def test_a_job_without_grace_is_preempted_requeued_and_started_again(cluster: Cluster, tmp_path: Path) -> None:
     log = tmp_path / "starts"
     job = cluster.sbatch(

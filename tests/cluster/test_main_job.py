@@ -16,6 +16,7 @@ from tests.cluster.handle import Cluster
 from tests.cluster.orch import REPOSITORY, Orch
 from tests.equality import assert_same_run
 
+pytestmark = pytest.mark.alone
 IMAGES = 640
 EPOCHS = 5
 BATCH = 64
