@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from orchestrator.backends.base import Backend, JobHandle, JobStatus, SchedulerState
+from orchestrator.backends.base import Backend, Command, JobHandle, JobStatus, SchedulerState
 from orchestrator.errors import BackendError
 
-__all__ = ["Backend", "JobHandle", "JobStatus", "SchedulerState", "open_backend"]
+__all__ = ["Backend", "Command", "JobHandle", "JobStatus", "SchedulerState", "open_backend"]
 
 
 def open_backend(name: str) -> Backend:

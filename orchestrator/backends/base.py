@@ -45,6 +45,14 @@ class JobStatus:
     end: float | None = None  # true deadline of a running job, where the scheduler tells
 
 
+@dataclass(frozen=True)
+class Command:
+    """A command line and the environment to start it with."""
+
+    argv: tuple[str, ...]
+    environ: Mapping[str, str]
+
+
 class Backend(Protocol):
     """A way to run a `Plan`. Every call is bounded by a deadline and raises only `BackendError`."""
 
@@ -69,4 +77,19 @@ class Backend(Protocol):
 
     def signal(self, handle: JobHandle, signal: str) -> None:
         """Deliver a signal ("USR1") to the agents of a running job. Raises BackendError if it is not running."""
+        ...
+
+    def beside(
+        self,
+        handle: JobHandle,
+        argv: Sequence[str],
+        *,
+        nodes: Sequence[str],
+        environ: Mapping[str, str],
+        terminal: bool = False,
+    ) -> Command:
+        """What runs `argv` once on each of `nodes` beside a running job: takes nothing from it and never ends it.
+
+        `terminal`: standard streams are a person's terminal, to be handed through.
+        """
         ...

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
+from orchestrator.backends.base import Command, JobHandle, JobStatus, SchedulerState
 from orchestrator.errors import BackendError, RegistryError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
@@ -101,6 +101,18 @@ class LocalBackend:
         if pid is None:
             raise BackendError(f"local job {handle.job_id} is not running", hint="See `orch status`.")
         _send(pid, getattr(signals, f"SIG{signal}"))
+
+    def beside(
+        self,
+        handle: JobHandle,
+        argv: Sequence[str],
+        *,
+        nodes: Sequence[str],
+        environ: Mapping[str, str],
+        terminal: bool = False,
+    ) -> Command:
+        """The command itself: the job's node is this machine, also where that is inside somebody's Slurm job."""
+        return Command(tuple(argv), {key: value for key, value in environ.items() if key != "SLURMD_NODENAME"})
 
 
 def _send(pid: int, signum: int) -> None:

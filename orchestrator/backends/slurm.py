@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from orchestrator.backends import squeue
-from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
+from orchestrator.backends.base import Command, JobHandle, JobStatus, SchedulerState
 from orchestrator.backends.process import CommandMissing, Finished, Runner, run_command
 from orchestrator.errors import BackendError, SchedulerUnavailable
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 SUBMIT_TIMEOUT_S = 60.0  # sbatch waits up to MessageTimeout × retries of a busy slurmctld
 SUBMIT_TRIES = 3
+STEP_WAIT_S = 30  # for a step beside a running job; it needs no resource of its own, so it starts at once
+STEP_EXPORTED = ("COLORTERM", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "LOGNAME", "PATH", "TERM", "TZ", "USER")
 LOOK_AGAIN_S = (1.0, 2.0, 4.0)  # a slow slurmctld may show a job seconds after sbatch gave up
 
 # Words of sbatch after which the job may be queued all the same.
@@ -185,6 +187,32 @@ class SlurmBackend:
             )
         _control(self._run, ["scancel", f"--signal={signal}", handle.job_id])
 
+    def beside(
+        self,
+        handle: JobHandle,
+        argv: Sequence[str],
+        *,
+        nodes: Sequence[str],
+        environ: Mapping[str, str],
+        terminal: bool = False,
+    ) -> Command:
+        """An overlapping step: it shares CPUs, memory and GPUs with the agents' step instead of waiting for its own."""
+        step = [
+            "srun",
+            f"--jobid={handle.job_id}",
+            "--overlap",
+            f"--immediate={STEP_WAIT_S}",  # else srun asks for ever where the job takes no more steps
+            f"--nodes={len(nodes)}",
+            f"--ntasks={len(nodes)}",
+            "--ntasks-per-node=1",
+            f"--nodelist={','.join(nodes)}",
+            "--mpi=none",
+            "--quiet",
+            "--chdir=/",  # the directory we are in need not exist there
+            f"--export={','.join(name for name in STEP_EXPORTED if name in environ) or 'NONE'}",
+        ]
+        return Command((*step, *(["--pty"] if terminal else []), *argv), outside_of_jobs(environ))
+
 
 def _control(run: Runner, command: Sequence[str]) -> None:
     """scancel with one retry; "invalid job id" and "already completed" mean there is nothing left to do."""
@@ -211,11 +239,20 @@ def submission_environment(environ: Mapping[str, str], *, script: str, secrets: 
     return {name: value for name, value in environ.items() if name not in hidden and not _overrides_script(name, own)}
 
 
+def outside_of_jobs(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment without what an outer job's SLURM_* and a person's SBATCH_* would ask for."""
+    return {name: value for name, value in environ.items() if not _overrides_script(name, {_option(name)})}
+
+
 def _overrides_script(name: str, own_options: set[str]) -> bool:
     if name.startswith("SBATCH_"):
-        return "--" + name.removeprefix("SBATCH_").lower().replace("_", "-") in own_options
+        return _option(name) in own_options
     # Inside an interactive job SLURM_CPUS_PER_TASK, SLURM_MEM_PER_NODE … would be taken as options.
     return name.startswith("SLURM_") and name not in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+
+
+def _option(name: str) -> str:
+    return "--" + name.removeprefix("SBATCH_").lower().replace("_", "-")
 
 
 def scheduler_words(text: str) -> str:

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +14,11 @@ import typer
 
 from orchestrator import operations
 from orchestrator.cli import out
-from orchestrator.errors import SpecError
+from orchestrator.errors import BackendError, SpecError
 
 if TYPE_CHECKING:
     from orchestrator.operations.drill import DrillNews
-    from orchestrator.operations.results import RunStatus, Signalled, Submitted
+    from orchestrator.operations.results import RunStatus, Signalled, Submitted, Usage
 
 DID_NOT_SUCCEED = 1
 
@@ -357,6 +357,52 @@ def _tell(news: DrillNews) -> tuple[str, bool]:
         return " … it began again at the beginning: nothing was saved. Is the signal handled?", False
     lost = next((row.steps_lost for row in reversed(status.attempts[:-1]) if row.steps_lost is not None), None)
     return ("" if lost is None else f" {out.count(lost)} steps lost."), True
+
+
+def shell(run: str, root: Path | None, *, rank: int, command: Sequence[str]) -> None:
+    terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    door = operations.door(run, rank=rank, command=command, terminal=terminal, root=root)
+    if terminal:
+        where = f"container {door.container[:12]} on {door.node}" if door.container is not None else door.node
+        print(
+            f"rank {door.rank} of {door.run_id}, {where}; `exit` leaves, the job goes on", file=sys.stderr, flush=True
+        )
+    raise typer.Exit(operations.enter(door))
+
+
+_MIN_INTERVAL_S = 0.5
+
+
+def top(run: str, root: Path | None, *, once: bool, interval: str, as_json: bool) -> None:
+    interval_s = seconds(interval, "--interval")
+    if interval_s < _MIN_INTERVAL_S:
+        raise typer.BadParameter(f"--interval {interval}: at least {_MIN_INTERVAL_S} s")
+    with closing(operations.top(run, interval_s=interval_s, root=root)) as looks:
+        if as_json or once or not out.live():
+            _show_usage(next(looks, None), as_json)
+        else:
+            _show_usages(looks)
+
+
+def _show_usage(usage: Usage | None, as_json: bool) -> None:
+    from orchestrator.cli.view import usage_lines
+
+    if usage is None:
+        raise BackendError(
+            "the attempt ended before it could be looked at", hint="`orch status` shows where the run is"
+        )
+    if as_json:
+        out.json_document(usage.as_json())
+    else:
+        out.lines(usage_lines(usage))
+
+
+def _show_usages(looks: Iterator[Usage]) -> None:
+    """On a terminal, until Ctrl-C or the end of the attempt."""
+    from orchestrator.cli.view import usage_lines
+
+    with suppress(KeyboardInterrupt):
+        out.repainted(usage_lines(usage) for usage in looks)
 
 
 def resume(run: str | None, sets: Sequence[str], root: Path | None, *, follow: bool, as_json: bool) -> None:

@@ -204,6 +204,33 @@ def preempt(
 
 
 @app.command()
+def shell(
+    run: Run,
+    command: Annotated[list[str] | None, typer.Argument(help="A command instead of a shell, after --.")] = None,
+    rank: Annotated[int, typer.Option("--rank", min=0, help="Rank beside which to open it.")] = 0,
+    root: Root = None,
+) -> None:
+    """Open a shell (or run a command) beside a rank of a running job, in its container, with its environment."""
+    from orchestrator.cli import commands
+
+    commands.shell(run, root, rank=rank, command=command or [])
+
+
+@app.command()
+def top(
+    run: Run,
+    once: Annotated[bool, typer.Option("--once", help="One look, then end.")] = False,
+    interval: Annotated[str, typer.Option("--interval", help="Time between two looks.")] = "2s",
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Show what each rank of a running job uses: CPU, memory, GPU. Ctrl-C ends it, not the run."""
+    from orchestrator.cli import commands
+
+    commands.top(run, root, once=once, interval=interval, as_json=as_json)
+
+
+@app.command()
 def resume(
     run: Annotated[
         str | None, typer.Argument(help="Run id, its beginning, or a directory.", autocompletion=complete.run_ids)

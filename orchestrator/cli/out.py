@@ -40,6 +40,23 @@ def lines(content: Iterable[Line]) -> None:
         console.print(Text.assemble(*((text, style) for text, style in line)))
 
 
+def live() -> bool:
+    """True where a picture can be painted over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def repainted(pictures: Iterable[Sequence[Line]]) -> None:
+    """Show one picture over the other on the terminal until there are no more."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    with Live(console=Console(highlight=False), auto_refresh=False) as display:
+        for picture in pictures:
+            rows = (Text.assemble(*((text, style) for text, style in line)) for line in picture)
+            display.update(Text("\n").join(rows), refresh=True)
+
+
 def line(*segments: Segment | str) -> None:
     """Print one line."""
     lines([[(part, "") if isinstance(part, str) else part for part in segments]])

@@ -6,8 +6,8 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.cli.out import STATE_STYLES, Line, Segment, count, duration, size
-from orchestrator.operations.results import Attempt, Certificate, RunRow, RunStatus, Told
+from orchestrator.cli.out import STATE_STYLES, Line, Segment, count, duration, size, table
+from orchestrator.operations.results import Attempt, Certificate, GpuUse, RankUse, RunRow, RunStatus, Told, Usage
 from orchestrator.operations.sparklines import Trend
 from orchestrator.paths import RunPaths
 from orchestrator.states import ExitReason, JobState
@@ -194,3 +194,42 @@ def row_of(row: RunRow, now: float) -> list[Segment]:
 
 
 PS_HEADING = ("RUN", "STATE", "ATTEMPT", "JOB", "STEP", "SUBMITTED", "")
+
+
+# --- orch top
+
+
+def usage_lines(usage: Usage) -> list[Line]:
+    """One look of `orch top`."""
+    heading: list[Segment] = [(usage.run_id, "bold")]
+    heading += [] if usage.attempt is None else [(f"   attempt {usage.attempt}", "")]
+    heading += [] if usage.step is None else [(f" · step {count(usage.step)}", "")]
+    content: list[Line] = [heading]
+    content += table(TOP_HEADING, [_use(use, usage.limit_bytes) for use in usage.ranks])
+    if usage.silent:
+        content.append([(f"no word from {', '.join(usage.silent)}", "yellow")])
+    elif not usage.ranks:
+        content.append([("no rank is running yet", "dim")])
+    return content
+
+
+TOP_HEADING = ("RANK", "NODE", "PID", "PROCESSES", "CPU", "MEMORY", "OF LIMIT", "GPU")
+
+
+def _use(use: RankUse, limit_bytes: int | None) -> list[Segment]:
+    share = "" if not limit_bytes else f"{100 * use.rss_bytes / limit_bytes:.0f} %"
+    return [
+        (str(use.rank), "bold"),
+        (use.node, ""),
+        (str(use.pid), ""),
+        (str(use.processes), ""),
+        (f"{use.cpu_percent:.0f} %", ""),
+        (size(use.rss_bytes), ""),
+        (share, ""),
+        ("; ".join(_gpu(gpu) for gpu in use.gpus), ""),
+    ]
+
+
+def _gpu(gpu: GpuUse) -> str:
+    percent = "" if gpu.percent is None else f"{gpu.percent} %, "
+    return f"{gpu.index}: {percent}{size(gpu.bytes)}"

@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from orchestrator.operations.attach import door, enter, top
     from orchestrator.operations.checkup.examine import doctor
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.operations.waiting import wait
 
 _HOMES = {
+    "attach": ("door", "enter", "top"),
     "checkup.examine": ("doctor",),
     "control": ("cancel", "preempt", "resume", "resume_all"),
     "images": ("lock_image",),
@@ -36,6 +38,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "cancel",
     "doctor",
+    "door",
+    "enter",
     "lock_image",
     "logs",
     "plan_of",
@@ -45,6 +49,7 @@ __all__ = [
     "resume_all",
     "status",
     "submit",
+    "top",
     "validate",
     "verify_drill",
     "wait",

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orchestrator.backends import open_backend
-from orchestrator.backends.base import SchedulerState
+from orchestrator.backends.base import JobHandle, SchedulerState
 from orchestrator.errors import BackendError, OrchError, RefusedError, RegistryError, SchedulerUnavailable
 from orchestrator.files import read_json, write_json
 from orchestrator.operations.dependencies import upstreams_first
@@ -102,6 +102,24 @@ def _user() -> str:
     return os.environ.get("USER") or str(os.getuid())
 
 
+_NEEDS_RUNNING = {"preempt": "a drill"}
+
+
+def running_here(record: Record, open_backend: OpenBackend, verb: str) -> JobHandle:
+    """The job of a run that is running and can be reached from this machine, else BackendError."""
+    handle = record.handle
+    asked, silent = ask_schedulers([record], open_backend)
+    standing = stand(record, asked)
+    if handle is None or standing.state is not JobState.RUNNING:
+        reason = f" ({silent[0]})" if silent else ""
+        raise BackendError(
+            f"{record.run_id} is {standing.state.value}, not running{reason}",
+            hint=f"{_NEEDS_RUNNING.get(verb, f'`orch {verb}`')} needs a running job; `orch status` shows where it is",
+        )
+    _must_be_here(record, verb)
+    return handle
+
+
 def preempt(
     run: str,
     *,
@@ -112,17 +130,8 @@ def preempt(
     """The drill: send the run's preemption signal to its agents. Does not wait. Raises BackendError if not running."""
     paths = find_run(run, root)
     record = load_record(paths)
-    handle = record.handle
-    asked, silent = ask_schedulers([record], open_backend)
-    standing = stand(record, asked)
-    if handle is None or standing.state is not JobState.RUNNING:
-        reason = f" ({silent[0]})" if silent else ""
-        raise BackendError(
-            f"{record.run_id} is {standing.state.value}, not running{reason}",
-            hint="a drill needs a running job; `orch status` shows where it is",
-        )
-    _must_be_here(record, "preempt")
-    plan = _agent_plan(paths)
+    handle = running_here(record, open_backend, "preempt")
+    plan = agent_plan(paths)
     name = str(plan.get("signal") or "USR1")
     now = clock()
     open_backend(handle.backend).signal(handle, name)
@@ -139,7 +148,8 @@ def preempt(
     )
 
 
-def _agent_plan(paths: RunPaths) -> Mapping[str, Any]:
+def agent_plan(paths: RunPaths) -> Mapping[str, Any]:
+    """plan/agent.json of a run. Raises RegistryError."""
     try:
         plan = read_json(paths.agent_plan)
     except FileNotFoundError:
@@ -169,7 +179,7 @@ def resume(
     Raises RefusedError naming the identity fields that would change.
     """
     paths = find_run(run, root)
-    plan = _agent_plan(paths)
+    plan = agent_plan(paths)
     with translated(paths.run_dir), run_lock(paths):
         spec = _changed_spec(paths, plan, tuple(overrides), environ)
         record = load_record(paths)

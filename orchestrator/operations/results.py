@@ -301,3 +301,41 @@ class LockedImage:
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class GpuUse:
+    """What one rank uses of one GPU; `percent` is the whole GPU's."""
+
+    index: int
+    percent: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RankUse:
+    """What one rank uses, with everything it has started. CPU in percent of one core; memory in bytes."""
+
+    rank: int
+    node: str
+    pid: int
+    processes: int
+    cpu_percent: float
+    rss_bytes: int
+    gpus: tuple[GpuUse, ...] = ()
+
+
+@dataclass(frozen=True)
+class Usage:
+    """One look at all ranks. `limit_bytes` is a node's (and its container's) share of memory; None without a limit."""
+
+    run_id: str
+    attempt: int | None
+    step: int | None
+    time: float
+    limit_bytes: int | None
+    ranks: tuple[RankUse, ...]
+    silent: tuple[str, ...] = ()  # nodes that have not answered
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)

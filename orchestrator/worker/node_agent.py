@@ -276,6 +276,7 @@ class NodeAgent:
             "ORCH_RUN_DIR": orders["run_dir"],
             "ORCH_ATTEMPT": str(self.place.attempt),
             "ORCH_CHECKPOINT_URI": orders["checkpoint"]["uri"],
+            "ORCH_NODE": self.place.node_name,
             "ORCH_DEADLINE_FILE": str(directory.deadline),
         }
         return {key: str(value) for key, value in environment.items()}

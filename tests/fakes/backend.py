@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.backends.base import Backend, JobHandle, JobStatus, SchedulerState
+from orchestrator.backends.base import Backend, Command, JobHandle, JobStatus, SchedulerState
 from orchestrator.errors import BackendError, SchedulerUnavailable
 from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
@@ -30,6 +30,8 @@ class FakeBackend:
     interrupt: bool = False  # the same, because of Ctrl-C
     secrets_seen: list[str] = field(default_factory=list)
     polls: int = 0
+    step: tuple[str, ...] = ()  # what is run instead of a command beside the job
+    steps: list[tuple[tuple[str, ...], tuple[str, ...]]] = field(default_factory=list)
 
     def open(self, name: str) -> Backend:
         return self
@@ -74,6 +76,18 @@ class FakeBackend:
 
     def signal(self, handle: JobHandle, signal: str) -> None:
         self.signals.append((handle.job_id, signal))
+
+    def beside(
+        self,
+        handle: JobHandle,
+        argv: Sequence[str],
+        *,
+        nodes: Sequence[str],
+        environ: Mapping[str, str],
+        terminal: bool = False,
+    ) -> Command:
+        self.steps.append((tuple(nodes), tuple(argv)))
+        return Command(tuple(self.step or argv), environ)
 
 
 class FakeAgent:

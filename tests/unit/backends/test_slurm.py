@@ -219,3 +219,21 @@ def test_a_missing_program_is_named() -> None:
 def test_a_command_gives_what_it_printed() -> None:
     finished = run_command(["sh", "-c", "echo out; echo err >&2; exit 3"], timeout_s=10)
     assert (finished.returncode, finished.stdout, finished.stderr) == (3, "out\n", "err\n")
+
+
+def test_a_command_beside_a_job_takes_nothing_from_it_and_nothing_of_ours_with_it() -> None:
+    environ = {"HOME": "/root", "TERM": "xterm", "TOKEN": "secret", "SLURM_JOB_ID": "9", "SLURM_MEM_PER_NODE": "1"}
+    environ |= {"SLURM_CONF": "/etc/slurm.conf", "SBATCH_PARTITION": "x"}
+    command = backend(FakeSlurm()).beside(
+        JobHandle("slurm", "101"), ["python", "-m", "x"], nodes=["n2", "n3"], environ=environ
+    )
+    *options, python, _, _ = command.argv
+    assert python == "python"
+    for option in ("--jobid=101", "--overlap", "--nodes=2", "--ntasks=2", "--nodelist=n2,n3", "--export=HOME,TERM"):
+        assert option in options
+    assert "--pty" not in options
+    assert sorted(command.environ) == ["HOME", "SLURM_CONF", "TERM", "TOKEN"]
+    terminal = backend(FakeSlurm()).beside(
+        JobHandle("slurm", "101"), ["x"], nodes=["n2"], environ=environ, terminal=True
+    )
+    assert terminal.argv[-2:] == ("--pty", "x")

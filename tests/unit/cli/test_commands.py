@@ -32,6 +32,8 @@ COMMANDS = [
     "wait",
     "cancel",
     "preempt",
+    "shell",
+    "top",
     "resume",
     "image",
 ]
@@ -347,6 +349,26 @@ def test_preempt_needs_a_running_job(cli: Cli, world: World) -> None:
     said = cli("preempt", run)
     assert said.code == 3
     assert "not running" in said.err
+
+
+def test_verify_has_to_watch(cli: Cli, world: World) -> None:
+    run, _ = world.running()
+    said = cli("preempt", run, "--verify", "--no-wait")
+    assert said.code == 2
+    assert "--verify has to watch" in said.err
+
+
+@pytest.mark.parametrize("arguments", [["shell", "--", "true"], ["top", "--once"], ["top", "--json"]])
+def test_shell_and_top_need_a_running_job(cli: Cli, world: World, arguments: list[str]) -> None:
+    run = world.ended("completed", "completed")
+    said = cli(arguments[0], run, *arguments[1:])
+    assert said.code == 3
+    assert "not running" in said.err
+
+
+def test_top_does_not_look_without_pause(cli: Cli, world: World) -> None:
+    run, _ = world.running()
+    assert cli("top", run, "--interval", "0.1s").code == 2
 
 
 def test_resume_refuses_drift(cli: Cli, world: World) -> None:

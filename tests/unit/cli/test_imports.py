@@ -33,7 +33,17 @@ def imported(*arguments: str) -> tuple[int, set[str]]:
 
 @pytest.mark.parametrize(
     "command",
-    ["--help", "submit --help", "status --help", "image lock --help", "ps --json", "status nobody", "logs nobody"],
+    [
+        "--help",
+        "submit --help",
+        "status --help",
+        "image lock --help",
+        "top --help",
+        "shell --help",
+        "ps --json",
+        "status nobody",
+        "logs nobody",
+    ],
 )
 def test_looking_costs_nothing(world: World, command: str) -> None:
     _, names = imported(*command.split())
