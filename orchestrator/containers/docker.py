@@ -25,6 +25,7 @@ _KILL_WAIT_S = 20
 _SIGKILLED = 137
 
 LABEL_RUN, LABEL_ATTEMPT, LABEL_NODE = "orch.run_id", "orch.attempt", "orch.node"
+LABEL_DIRECTORY = "orch.run_dir"  # the same spec under two roots is two runs of one name
 
 
 def connect(environ: Mapping[str, str] = os.environ, *, timeout_s: int = _API_TIMEOUT_S) -> docker.DockerClient:
@@ -166,11 +167,11 @@ class DockerRuntime:
     def __init__(self, client: docker.DockerClient | None = None) -> None:
         self._client = client if client is not None else connect()
 
-    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
+    def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         """Containers of this run, this node and an older attempt: an agent that died badly leaves one behind."""
         import requests
 
-        labels = [f"{LABEL_RUN}={run_id}", f"{LABEL_NODE}={node}"]
+        labels = [f"{LABEL_DIRECTORY}={run_dir}", f"{LABEL_NODE}={node}"]
         removed = []
         try:
             # Without ignore_removed one that ends while we look would hide the others.
@@ -180,7 +181,7 @@ class DockerRuntime:
                     removed.append(str(container.id))
         except requests.RequestException as error:  # docker's APIError is one
             raise ContainerError(
-                f"a container of an older attempt of {run_id} cannot be removed: {_words(error)}",
+                f"a container of an older attempt of {run_dir} cannot be removed: {_words(error)}",
                 hint="Two attempts must not run at once. Remove it by hand: docker rm -f",
             ) from error
         return removed
@@ -257,6 +258,7 @@ def container_options(request: PayloadRequest) -> dict[str, Any]:
         "environment": {**request.environ, "HOME": "/tmp/home", "USER": f"uid{uid}", "LOGNAME": f"uid{uid}"},
         "labels": {
             LABEL_RUN: request.run_id,
+            LABEL_DIRECTORY: request.run_dir,
             LABEL_ATTEMPT: str(request.attempt),
             LABEL_NODE: request.node,
         },

@@ -24,6 +24,7 @@ class PayloadRequest:
     argv: tuple[str, ...]  # python3 launch.py config.json
     cwd: str
     run_id: str
+    run_dir: str
     attempt: int
     node: str
     image: str | None
@@ -63,7 +64,7 @@ class Runtime(Protocol):
 
     name: str
 
-    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
+    def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         """End payloads of older attempts of this run on this node; return their ids. Never touches a newer one."""
 
     def start(self, request: PayloadRequest) -> Payload:

@@ -57,7 +57,7 @@ class ProcessRuntime:
 
     name = "none"
 
-    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
+    def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         """Nothing to do: without its agent a payload ends by its leash."""
         return ()
 

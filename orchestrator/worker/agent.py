@@ -128,8 +128,8 @@ class _Deferred:
         self._runtime = self._runtime or open_runtime(self.name)
         return self._runtime
 
-    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Any:
-        return self._open().remove_leftovers(run_id, node, before_attempt)
+    def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Any:
+        return self._open().remove_leftovers(run_dir, node, before_attempt)
 
     def start(self, request: PayloadRequest) -> Payload:
         return self._open().start(request)

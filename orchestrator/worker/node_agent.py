@@ -102,7 +102,7 @@ class NodeAgent:
             raise RefusedError("the run was cancelled before this attempt began")
         attempt = self.place.attempt
         self.paths.logs(attempt).mkdir(parents=True, exist_ok=True)
-        leftovers = self.runtime.remove_leftovers(self.orders["run_id"], self.place.node_name, attempt)
+        leftovers = self.runtime.remove_leftovers(self.orders["run_dir"], self.place.node_name, attempt)
         if leftovers:
             self.events.append("action", attempt=attempt, action="removed_leftovers", containers=list(leftovers))
         directory = NodeDirectory(
@@ -343,6 +343,7 @@ class NodeAgent:
             argv=(self._python, str(directory.launcher), str(directory.config)),
             cwd=orders["code_dir"],
             run_id=orders["run_id"],
+            run_dir=orders["run_dir"],
             attempt=self.place.attempt,
             node=self.place.node_name,
             image=container["image"],

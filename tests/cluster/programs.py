@@ -179,6 +179,8 @@ def script_spec(orch: Orch, program: str = TRAIN, **changes: Any) -> dict[str, A
         "workspace": {"path": "code"},
         "preemption": {"lead_time": "20s"},
         **changes,
+        # A run id of each test's own: several clusters may run on this machine, and processes are looked for by it.
+        "env": {"OF_TEST": str(orch.directory), **changes.get("env", {})},
     }
 
 

@@ -127,6 +127,24 @@ def test_the_local_backend_keeps_the_same_rules(orch: Orch, cluster: Cluster, ru
     assert cluster.containers() == []
 
 
+def test_the_same_run_under_two_roots_is_two_runs(orch: Orch, cluster: Cluster) -> None:
+    """They share a name, a node and an engine: the second attempt of one must not sweep away the first of the other."""
+    container = {"runtime": "docker", "image": cluster.image}
+    spec = script_spec(orch, container=container, slurm={"partition": "low", "nodelist": "n1"})
+    run = orch.submit(spec)["run_id"]
+    other = Orch(cluster, orch.directory)
+    other.root = orch.directory / "other"
+    assert other.submit({**spec, "root": str(other.root)})["run_id"] == run
+    orch.wait_for_step(run, 3)
+    other.wait_for_step(run, 3)
+    orch.json("preempt", run, "--root", str(orch.root))
+    orch.wait_for_step(run, orch.step(run) + 3, attempt=1)
+    for one in (orch, other):
+        (one.run_dir(run) / "enough").touch()
+        one.wait_for_state(run, "completed", timeout=60)
+    assert [len(one.attempts(run)) for one in (orch, other)] == [2, 1]
+
+
 def test_an_image_that_is_not_there_is_named_with_the_fix(orch: Orch) -> None:
     image = "sha256:" + "1" * 64
     run = orch.submit(script_spec(orch, container={"runtime": "docker", "image": image}))["run_id"]

@@ -6,6 +6,7 @@ One row per cause; docs/preemption.md shows what they gave (`make stop-table`).
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -416,7 +417,7 @@ STOPS = (
         mend,
         ("failure", "failure", "failure"),
         state="failed",
-        words="three attempts in a row made no new step",
+        words="attempts in a row made no new step",
         program=CRASHER,
         spec={"retry": {"failure": 9, "backoff": "2s"}},
         begin_at=0,

@@ -95,7 +95,8 @@ def _write_from_inside(client: Any, image: str, directories: list[Path]) -> str:
 
     places = tuple(str(directory) for directory in directories)
     request = PayloadRequest(
-        argv=("python3", "-c", _PROGRAM, *places), cwd="/", run_id="orch-doctor", attempt=0, node=os.uname().nodename,
+        argv=("python3", "-c", _PROGRAM, *places), cwd="/", run_id="orch-doctor",
+        run_dir="", attempt=0, node=os.uname().nodename,
         image=image, mounts=tuple(Mount(place, place) for place in places), mem_bytes=256 * 1024**2, cpus=1,
         host_network=False, gpus=(), log=Path(os.devnull),
     )  # fmt: skip

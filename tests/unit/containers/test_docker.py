@@ -18,6 +18,7 @@ def request(**changes: Any) -> PayloadRequest:
         "argv": ("python3", "/n/launch.py", "/n/config.json"),
         "cwd": "/code",
         "run_id": "run-0123456789",
+        "run_dir": "/root=a/runs/run-0123456789",
         "attempt": 3,
         "node": "n7",
         "image": "sha256:" + "a" * 64,
@@ -40,7 +41,12 @@ def test_the_image_s_own_entrypoint_is_silenced() -> None:
 
 def test_it_is_found_again_by_run_attempt_and_node() -> None:
     labels = container_options(request())["labels"]
-    assert labels == {"orch.run_id": "run-0123456789", "orch.attempt": "3", "orch.node": "n7"}
+    assert labels == {
+        "orch.run_id": "run-0123456789",
+        "orch.run_dir": "/root=a/runs/run-0123456789",
+        "orch.attempt": "3",
+        "orch.node": "n7",
+    }
 
 
 def test_files_belong_to_the_submitting_user() -> None:

@@ -67,7 +67,7 @@ def test_a_leftover_that_is_just_being_removed_does_not_hide_the_others() -> Non
     vanished = Container("a", removal=answer(404, "No such container"))
     going = Container("b", removal=answer(409, "removal of container b is already in progress"))
     stays, newer = Container("c"), Container("d", attempt=3)
-    assert runtime(vanished, going, stays, newer).remove_leftovers("run", "n1", 3) == ["a", "b", "c"]
+    assert runtime(vanished, going, stays, newer).remove_leftovers("/runs/run", "n1", 3) == ["a", "b", "c"]
     assert going.told == ["remove", "wait until removed"]
     assert stays.told == ["remove"]
     assert newer.told == []
@@ -75,7 +75,7 @@ def test_a_leftover_that_is_just_being_removed_does_not_hide_the_others() -> Non
 
 def test_a_leftover_that_stays_is_no_reason_to_begin() -> None:
     with pytest.raises(ContainerError, match="older attempt"):
-        runtime(Container("a", removal=answer(500, "driver failed"))).remove_leftovers("run", "n1", 3)
+        runtime(Container("a", removal=answer(500, "driver failed"))).remove_leftovers("/runs/run", "n1", 3)
 
 
 @pytest.mark.parametrize("failure", [answer(500, "no such device"), requests.ReadTimeout("20 s")])

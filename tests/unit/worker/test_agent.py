@@ -54,7 +54,7 @@ class EndedRuntime:
     def __init__(self, code: int) -> None:
         self.code = code
 
-    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
+    def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         return ()
 
     def start(self, request: PayloadRequest) -> Payload:

@@ -152,7 +152,7 @@ class NoRuntime:
 
     name = "none"
 
-    def remove_leftovers(self, run_id: str, node: str, before_attempt: int) -> Sequence[str]:
+    def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         raise AssertionError("an attempt of a cancelled run has begun")
 
     def start(self, request: PayloadRequest) -> Payload:
