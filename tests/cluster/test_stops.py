@@ -462,9 +462,9 @@ def surroundings(orch: Orch) -> Path:
     (orch.directory / "without_b.sbatch.j2").write_text(own)
     scontrol = orch.directory / "no-requeue" / "scontrol"
     scontrol.parent.mkdir()
-    scontrol.write_text(
-        '#!/bin/sh\n[ "$1" != requeue ] || { echo "Access denied"; exit 1; }\nexec /usr/bin/scontrol "$@"\n'
-    )
+    real = shutil.which("scontrol", path=orch.cluster.env["PATH"])
+    refusal = '[ "$1" != requeue ] || { echo "Access denied"; exit 1; }'
+    scontrol.write_text(f'#!/bin/sh\n{refusal}\nexec {real} "$@"\n')
     scontrol.chmod(0o755)
     return orch.directory
 

@@ -160,3 +160,42 @@ def test_a_run_that_has_to_wait_again_starts_nothing(tmp_path: Path) -> None:
     assert stage.process is not None
     assert stage.process.wait(timeout=20) == 75
     assert stage.log() == [f"agent ready {tmp_path / 'runs' / 'run-0123456789'}"]
+
+
+# An srun that never hears of its dead slurmstepd; the agent held the pipe for a moment.
+DEAF_SRUN = """#!/bin/bash
+echo "srun" >> "$STAGE/log"
+( exec 9<>"$ORCH_ALIVE"; until [ -e "$STAGE/die" ]; do sleep 0.02; done ) &
+wait
+while :; do sleep 0.02; done
+"""
+
+
+def test_an_srun_that_outlives_its_agent_is_given_up(new_stage: NewStage, tmp_path: Path) -> None:
+    stage = new_stage()
+    script = tmp_path / "script"
+    assert " -t 60 " in script.read_text()
+    script.write_text(script.read_text().replace(" -t 60 ", " -t 1 "))
+    (tmp_path / "srun").write_text(DEAF_SRUN)
+    stage.start(finish=75)
+    poll(lambda: stage.log() == ["srun"], "srun")
+    assert stage.process is not None
+    with pytest.raises(subprocess.TimeoutExpired):
+        stage.process.wait(timeout=1.5)
+    (tmp_path / "die").touch()
+    assert stage.process.wait(timeout=20) == 75
+    assert stage.log()[-1] == "agent finish status 137"
+    assert not list(Path("/dev/shm").glob(f"orch-alive.{stage.process.pid}"))
+
+
+def test_without_the_pipe_nobody_is_watched_and_nobody_killed(new_stage: NewStage, tmp_path: Path) -> None:
+    stage = new_stage()
+    script = tmp_path / "script"
+    script.write_text(script.read_text().replace(" -t 60 ", " -t 0.1 ").replace("/dev/shm/", f"{tmp_path}/nowhere/"))
+    stage.start()
+    poll(lambda: len(stage.log()) == 1, "srun")
+    assert stage.process is not None
+    with pytest.raises(subprocess.TimeoutExpired):
+        stage.process.wait(timeout=1.5)
+    assert stage.end() == 0
+    assert stage.log()[-1] == "agent finish status 0"
