@@ -206,7 +206,7 @@ class SlurmScheduler:
         return any(parse_fields(line).get("JobState") in _HELD for line in output.splitlines())
 
     def wait_for(self, job_ids: Sequence[str]) -> Requeued:
-        """Back into the queue until these jobs have ended, without an attempt. The order was measured on 22.05.
+        """Back into the queue until these jobs have ended, without an attempt. Measured on 22.05 and 24.11.
 
         A running job takes no dependency. After the requeue this script still runs, so the job cannot start before it
         has its dependency.
