@@ -177,6 +177,12 @@ class SlurmScheduler:
         found = re.search(r"^KillWait\s*=\s*(\d+)", output, re.MULTILINE) if code == 0 else None
         return float(found[1]) if found else _DEFAULT_KILL_WAIT_S
 
+    def grace_s(self, partition: str) -> float | None:
+        """GraceTime of a partition; None when it cannot be asked."""
+        code, output = self._run(["scontrol", "show", "partition", "-o", partition], _QUESTION_S)
+        grace = parse_fields(output).get("GraceTime", "") if code == 0 else ""
+        return float(grace) if grace.isdigit() else None
+
     def why(self, lead_time_s: float) -> Notice:
         """Tell preemption, time limit, an administrator's requeue and a user's scancel apart."""
         now = time.time()
@@ -184,7 +190,12 @@ class SlurmScheduler:
         if job is None:
             return Notice(None, now + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
         notice = read_notice(
-            job, now=now, lead_time_s=lead_time_s, restarts=self.restart_count, kill_wait_s=self.kill_wait_s
+            job,
+            now=now,
+            lead_time_s=lead_time_s,
+            restarts=self.restart_count,
+            kill_wait_s=self.kill_wait_s,
+            grace_s=lambda: self.grace_s(job.get("Partition", "")),
         )
         told = ("JobState", "Reason", "Restarts", "EndTime", "PreemptTime")
         return replace(notice, words=" ".join(f"{key}={job[key]}" for key in told if key in job))
@@ -256,7 +267,13 @@ def parse_fields(line: str) -> dict[str, str]:
 
 
 def read_notice(
-    job: Mapping[str, str], *, now: float, lead_time_s: float, restarts: int, kill_wait_s: Callable[[], float]
+    job: Mapping[str, str],
+    *,
+    now: float,
+    lead_time_s: float,
+    restarts: int,
+    kill_wait_s: Callable[[], float],
+    grace_s: Callable[[], float | None] = lambda: None,
 ) -> Notice:
     """FACTS 2 as a function of `scontrol show job`."""
     state = job.get("JobState", "")
@@ -264,7 +281,10 @@ def read_notice(
     if state in RUNNING:
         end = _time(job.get("EndTime"))
         if preempted:
-            return Notice(ExitReason.PREEMPTED, end if end is not None else now + lead_time_s)
+            if end is None:  # a job without a time limit has none, during its grace, too
+                grace = grace_s()
+                end = now + (lead_time_s if grace is None else min(grace, lead_time_s))
+            return Notice(ExitReason.PREEMPTED, end)
         if end is not None and end - now <= lead_time_s + 60:  # Slurm signals up to 60 s early (FACTS 1)
             return Notice(ExitReason.TIME_LIMIT, end)
         return Notice(ExitReason.PREEMPTED, now + lead_time_s)  # a drill: somebody sent the signal by hand

@@ -40,6 +40,17 @@ def test_causes_are_told_apart(job: dict[str, str], cause: ExitReason, deadline:
     assert notice.deadline == pytest.approx(NOW + deadline)
 
 
+def test_without_a_time_limit_the_grace_is_the_partitions() -> None:
+    job = {"JobState": "RUNNING", "PreemptTime": stamp(0), "EndTime": "Unknown"}
+
+    def deadline(grace: float | None) -> float:
+        return read_notice(
+            job, now=NOW, lead_time_s=120, restarts=0, kill_wait_s=lambda: 5.0, grace_s=lambda: grace
+        ).deadline
+
+    assert [deadline(20), deadline(600), deadline(None)] == [NOW + 20, NOW + 120, NOW + 120]
+
+
 def answers(**by_verb: tuple[int, str]) -> SlurmScheduler:
     def run(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
         assert timeout_s > 0
