@@ -337,10 +337,14 @@ class Launch:
             return SAVED
         if outcome == "failed" and code == 0:
             return 1
-        if outcome is None and code == 0 and self.told:
+        if outcome is None and code == 0 and (self.told or self._scheduler_told()):
             # A program without our library that handled the signal and left with 0 has stopped, not finished.
             return SAVED
         return code
+
+    def _scheduler_told(self) -> bool:
+        """Outside a container Slurm's signal hits the program before we do, and one that does not catch it is dead."""
+        return self.stop_requested and not self.config["contained"] and self.config["torchrun"] is None
 
     @staticmethod
     def _touch(path: str) -> None:

@@ -280,3 +280,21 @@ def test_the_memory_cgroup_is_our_own_and_never_the_whole_machines(tmp_path: Pat
     assert found(one, contained=True) == str(tmp_path / "memory")
     assert found(one, contained=False) is None
     assert launch.memory_report(str(tmp_path / "memory")) == {"kills": 1, "limit_bytes": 1000, "peak_bytes": 999}
+
+
+@pytest.mark.parametrize(("contained", "code"), [(False, 75), (True, 0)])
+def test_who_leaves_with_0_on_the_schedulers_own_signal_has_stopped(node: Node, contained: bool, code: int) -> None:
+    """Outside a container Slurm signals every process of the step: the program may be gone before PID 1 can tell it."""
+    program = """
+import os, signal, threading
+gone = threading.Event()
+signal.signal(signal.SIGTERM, lambda *_: (os.kill(os.getppid(), signal.SIGTERM), os._exit(0)))
+print("ready", flush=True)
+gone.wait()
+"""
+    node.start(python(program), contained=contained)
+    node.ready()
+    assert node.process is not None
+    (pid,) = launch.descendants(node.process.pid)
+    os.kill(pid, signal.SIGTERM)
+    assert node.exit_code() == code
