@@ -75,7 +75,10 @@ def judge(evidence: Evidence) -> Outcome:
     if said == "fenced" or any(failure["outcome"] == "fenced" for failure in evidence.failures):
         return outcome(ExitReason.FENCED, _said([verdict, *evidence.failures], "fenced"))
     ended_well = len(evidence.node_codes) == evidence.nodes and not any(evidence.node_codes.values())
-    if ended_well and said in (None, "completed"):
+    if ended_well and said is None:
+        return outcome(ExitReason.COMPLETED)
+    if said == "completed" and not any("rank" in failure for failure in evidence.failures):
+        # Rank 0 says so last of all: what is killed, or fails, while the interpreters end, undoes nothing.
         return outcome(ExitReason.COMPLETED)
     if evidence.tombstone or evidence.cause is ExitReason.CANCELLED:
         return outcome(ExitReason.CANCELLED)

@@ -38,6 +38,13 @@ def verdict(outcome: str, **changes: Any) -> dict[str, Any]:
         # A run that has finished is finished, also when somebody cancels or preempts it in its last second.
         (evidence(verdict=verdict("completed"), tombstone=True), ExitReason.COMPLETED),
         (evidence(verdict=verdict("completed"), cause=ExitReason.PREEMPTED), ExitReason.COMPLETED),
+        # … or when its processes are killed while they end; but not when another rank says that it failed.
+        (evidence(verdict=verdict("completed"), node_codes={0: 137}), ExitReason.COMPLETED),
+        (evidence(verdict=verdict("completed"), node_codes={}, cause=ExitReason.PREEMPTED), ExitReason.COMPLETED),
+        (
+            evidence(verdict=verdict("completed"), failures=[verdict("failed", rank=3)], node_codes={0: 1}),
+            ExitReason.FAILURE,
+        ),
         (evidence(verdict=verdict("saved"), node_codes={0: 75}, cause=ExitReason.PREEMPTED), ExitReason.PREEMPTED),
         (evidence(verdict=verdict("saved"), node_codes={0: 75}, cause=ExitReason.TIME_LIMIT), ExitReason.TIME_LIMIT),
         (evidence(verdict=verdict("saved"), node_codes={0: 75}, cause=ExitReason.CANCELLED), ExitReason.CANCELLED),
