@@ -340,9 +340,8 @@ STOPS = (
     Stop(
         "dockerd killed and restarted",
         restart_dockerd,
-        ("failure", "completed"),
+        CAME_BACK,  # an engine that starts tells the containers it finds to end, and so they save
         runtimes=("docker",),
-        spec=RETRY,
         lost=EVERY_STEPS,
         begin_at=EVERY_STEPS + 5,
     ),
