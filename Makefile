@@ -79,7 +79,7 @@ bench: $(STAMP) ## the figures in benchmarks/
 
 stop-table: $(STAMP) system ## measure every stop on the real cluster again, and write the table in docs/preemption.md
 	@rm -f stops.new; \
-	for version in "" 24.11; do \
+	for version in "" $(OTHER_SLURM); do \
 	    ORCH_STOPS="$$PWD/stops.new" ORCH_TEST_SLURM="$$version" $(PYTEST) tests/cluster/test_stops.py || exit 1; \
 	done; \
 	$(BIN)/python -m tests.cluster.plain_lightning stops.new && $(BIN)/python docs/generate_stop_table.py stops.new && \
