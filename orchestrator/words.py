@@ -1,4 +1,4 @@
-"""What is said about a run that has ended, in one place: by `orch status`, in a mail, to a webhook (pure)."""
+"""Figures and sentences for people, each in one place: what `orch status` says a mail and a webhook say too (pure)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,37 @@ from orchestrator.states import ExitReason, JobState
 def count(number: int) -> str:
     """Digits in groups of three: `41 912`."""
     return f"{number:,}".replace(",", " ")
+
+
+def size(number: int) -> str:
+    """Bytes in decimal units, as disks are sold: `1.2 GB`."""
+    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 1000 and len(units) > 1:
+        value /= 1000
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
+
+
+def duration(seconds: float) -> str:
+    """`40 s`, `12 m 05 s`, `4 h 00 m`, `3 d 02 h`."""
+    whole = max(0, int(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} m {whole % 60:02d} s"
+    if whole < 86400:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
+    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
+
+
+def spoken(value: str) -> str:
+    """A state or an exit reason as people say it: `needs_resume` → `needs resume`."""
+    return value.replace("_", " ")
+
+
+def steps_lost(number: int) -> str:
+    """`1 step lost`, `1 024 steps lost`."""
+    return f"{count(number)} step{'' if number == 1 else 's'} lost"
 
 
 def sentence(text: str) -> str:
@@ -45,10 +76,9 @@ def story(
     checkpoint_step: int | None,
 ) -> str:
     """A run's end in plain text, for people who are not looking at it: what happened, is it safe, what to do."""
-    words = state.value.replace("_", " ")
-    why = "" if reason is None or reason.value == state.value else f" ({reason.value.replace('_', ' ')})"
+    why = "" if reason is None or reason.value == state.value else f" ({spoken(reason.value)})"
     where = "" if step is None else f" at step {count(step)}" + (f" of {count(max_steps)}" if max_steps else "")
-    lines = [f"{run_id}: {words}{why}{where}."]
+    lines = [f"{run_id}: {spoken(state.value)}{why}{where}."]
     if message and message != state.value and state is not JobState.COMPLETED:
         lines.append(sentence(message))
     return "\n".join([*lines, *next_steps(run_id, state, reason, checkpoint_step)])

@@ -15,6 +15,7 @@ import typer
 from orchestrator import operations
 from orchestrator.cli import out
 from orchestrator.errors import BackendError, SpecError
+from orchestrator.words import count, size, spoken, steps_lost
 
 if TYPE_CHECKING:
     from orchestrator.operations.drill import DrillNews
@@ -48,7 +49,7 @@ def validate(spec: Path, sets: Sequence[str], root: Path | None, as_json: bool) 
         out.json_document(result.as_json())
         return
     out.warnings(result.warnings)
-    out.line(f"{spec} is fine: run {result.run_id}, {result.code_files} files of code ({out.size(result.code_bytes)})")
+    out.line(f"{spec} is fine: run {result.run_id}, {result.code_files} files of code ({size(result.code_bytes)})")
 
 
 def schema() -> None:
@@ -150,7 +151,7 @@ def _submitted_lines(result: Submitted) -> list[out.Line]:
     run: out.Segment = (result.run_id, "bold")
     if not result.queued_now:
         where = [f"job {result.job_id}"] if result.job_id and result.action != "already_completed" else []
-        where += [f"step {out.count(result.step)}"] if result.step is not None else []
+        where += [f"step {count(result.step)}"] if result.step is not None else []
         known = result.action.removeprefix("already_")
         detail = f" ({', '.join(where)})" if where else ""
         return [[run, (f"  is already {known}{detail}. Nothing was submitted. A fresh copy: orch submit --new", "")]]
@@ -277,7 +278,7 @@ def cancel(run: str, root: Path | None, as_json: bool) -> None:
         "already_cancelled": "was cancelled already",
         "already_completed": "has already completed; there is nothing to cancel",
     }[result.action]
-    safe = f" Step {out.count(result.step)} is safe." if result.step is not None else ""
+    safe = f" Step {count(result.step)} is safe." if result.step is not None else ""
     more = "" if result.action == "already_completed" else f"{safe} Go on with it:  orch resume {result.run_id}"
     out.line((result.run_id, "bold"), f"  {words}.{more}")
 
@@ -319,7 +320,7 @@ def _verify(drill: Signalled, limit_s: float, as_json: bool) -> None:
 
 def _tell_verified(news: DrillNews) -> None:
     if news.kind == "stepped":
-        print(f" … step {out.count(news.step or 0)}", end="", flush=True)
+        print(f" … step {count(news.step or 0)}", end="", flush=True)
     elif news.kind not in ("ended", "time_up"):  # the certificate says it better
         print(_tell(news)[0], end="", flush=True)
 
@@ -337,7 +338,7 @@ def _narrate(drill: Signalled, limit_s: float) -> bool:
 
 
 def _tell(news: DrillNews) -> tuple[str, bool]:
-    step = "" if news.step is None else out.count(news.step)
+    step = "" if news.step is None else count(news.step)
     if news.kind == "saved":
         return f" … saved step {step} after {news.seconds or 0.0:.1f} s", True
     if news.kind in ("requeued", "started"):
@@ -350,13 +351,13 @@ def _tell(news: DrillNews) -> tuple[str, bool]:
     if status is None:
         return "", True
     if status.state.terminal and not status.succeeded:
-        return f" … the run ended: {status.state.value.replace('_', ' ')}. {status.message}", False
+        return f" … the run ended: {spoken(status.state.value)}. {status.message}", False
     if not status.attempts or status.attempts[-1].resumed_step is None:
         if status.progress.step is None:
             return f". It does not tell orch what it saved:  orch logs {status.run_id}", True
         return " … it began again at the beginning: nothing was saved. Is the signal handled?", False
     lost = next((row.steps_lost for row in reversed(status.attempts[:-1]) if row.steps_lost is not None), None)
-    return ("" if lost is None else f" {out.count(lost)} steps lost."), True
+    return ("" if lost is None else f" {steps_lost(lost)}."), True
 
 
 def shell(run: str, root: Path | None, *, rank: int, command: Sequence[str]) -> None:

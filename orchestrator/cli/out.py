@@ -9,8 +9,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
-from orchestrator.words import count as count
-
 Segment: TypeAlias = tuple[str, str]  # text, style ("" = none)
 Line: TypeAlias = Sequence[Segment]
 
@@ -100,27 +98,6 @@ def tolerate_any_text() -> None:
         reconfigure = getattr(stream, "reconfigure", None)
         if reconfigure is not None:
             reconfigure(errors="replace")
-
-
-def duration(seconds: float) -> str:
-    """`40 s`, `12 m 05 s`, `4 h 00 m`, `3 d 02 h`."""
-    whole = max(0, int(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} m {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
-    return f"{whole // 86400} d {whole % 86400 // 3600:02d} h"
-
-
-def size(number: int) -> str:
-    """Bytes in decimal units, as disks are sold: `1.2 GB`."""
-    value, units = float(number), ["B", "kB", "MB", "GB", "TB"]
-    while value >= 1000 and len(units) > 1:
-        value /= 1000
-        units.pop(0)
-    return f"{value:.0f} {units[0]}" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def table(heading: Sequence[str], rows: Sequence[Sequence[Segment]], *, width: int | None = None) -> list[Line]:

@@ -6,12 +6,12 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from orchestrator.cli.out import STATE_STYLES, Line, Segment, count, duration, size, table
+from orchestrator.cli.out import STATE_STYLES, Line, Segment, table
 from orchestrator.operations.results import Attempt, Certificate, GpuUse, RankUse, RunRow, RunStatus, Told, Usage
 from orchestrator.operations.sparklines import Trend
 from orchestrator.paths import RunPaths
 from orchestrator.states import ExitReason, JobState
-from orchestrator.words import next_steps, sentence
+from orchestrator.words import count, duration, next_steps, sentence, size, spoken, steps_lost
 
 
 def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None = None) -> list[Line]:
@@ -35,12 +35,12 @@ def status_lines(status: RunStatus, trends: Iterable[Trend], now: float | None =
 
 
 def _headline(status: RunStatus, now: float) -> Line:
-    parts: list[Segment] = [(status.state.value.replace("_", " "), STATE_STYLES.get(status.state, ""))]
+    parts: list[Segment] = [(spoken(status.state.value), STATE_STYLES.get(status.state, ""))]
     if status.attempt is not None:
         parts.append((f"attempt {status.attempt}", ""))
     ended = status.exit_reason
     if ended is not None and ended not in (ExitReason.COMPLETED, ExitReason.CANCELLED):
-        parts.append((ended.value.replace("_", " "), ""))
+        parts.append((spoken(ended.value), ""))
     if status.job_id and status.alive:
         nodes = f" on {','.join(status.nodes)}" if status.nodes else ""
         parts.append((f"job {status.job_id}{nodes}", ""))
@@ -67,7 +67,7 @@ def _step(status: RunStatus) -> str | None:
 def _attempt(attempt: Attempt, status: RunStatus, now: float) -> Line:
     spent = duration((attempt.ended or now) - attempt.started) if attempt.started is not None else ""
     over = attempt.ended is not None or not status.alive
-    why = attempt.exit_reason.value.replace("_", " ") if attempt.exit_reason else ("no word" if over else "running")
+    why = spoken(attempt.exit_reason.value) if attempt.exit_reason else ("no word" if over else "running")
     return [(f"  attempt {attempt.number}  {spent:<9}  {why:<13} {_work(attempt)}".rstrip(), "")]
 
 
@@ -81,8 +81,7 @@ def _work(attempt: Attempt) -> str:
         else:
             parts.append(f"ended at step {count(attempt.step_end)}")
     if attempt.steps_lost is not None and attempt.exit_reason is not ExitReason.COMPLETED:
-        lost = f"{count(attempt.steps_lost)} step{'' if attempt.steps_lost == 1 else 's'} lost"
-        parts.append(lost)
+        parts.append(steps_lost(attempt.steps_lost))
     return ", ".join(parts)
 
 
@@ -104,11 +103,11 @@ def _drill(certificate: Mapping[str, Any], now: float) -> Line:
     ago = f"{duration(now - float(certificate['time']))} ago"
     if certificate.get("verdict") == "PASS":
         used, given = certificate.get("grace_used_s") or 0.0, certificate.get("grace_s") or 0.0
-        lost = certificate.get("steps_lost") or 0
+        lost = steps_lost(certificate.get("steps_lost") or 0)
         return [
             ("  drill       ", ""),
             ("passed", "green"),
-            (f" {ago}: {used:.1f} s of {given:.0f} s used, {lost} steps lost", ""),
+            (f" {ago}: {used:.1f} s of {given:.0f} s used, {lost}", ""),
         ]
     why = next(iter(certificate.get("reasons") or ()), "")
     return [("  drill       ", ""), ("failed", "bold red"), (f" {ago}: {why}", "")]
@@ -140,7 +139,7 @@ def _facts(shown: Certificate) -> Iterable[tuple[str, str | None]]:
     yield "requeued", None if shown.requeue_wait_s is None else f"started again after {shown.requeue_wait_s:.1f} s"
     resumed = None if shown.step_resumed is None else f"from step {count(shown.step_resumed)}"
     if resumed is not None and shown.steps_lost is not None:
-        resumed += f", {count(shown.steps_lost)} steps lost" + (" (exact)" if shown.exact else "")
+        resumed += f", {steps_lost(shown.steps_lost)}" + (" (exact)" if shown.exact else "")
     yield "resumed", resumed
     started = None if shown.startup_s is None else f"{shown.startup_s:.1f} s to step {count(shown.step_made or 0)}"
     yield "started up", started
@@ -148,7 +147,7 @@ def _facts(shown: Certificate) -> Iterable[tuple[str, str | None]]:
 
 
 def _told(told: Told) -> str:
-    cause = "" if told.cause is None else f", {told.cause.replace('_', ' ')}"
+    cause = "" if told.cause is None else f", {spoken(told.cause)}"
     return f"{told.node} ({'+'.join(told.signals)}{cause})"
 
 
@@ -184,7 +183,7 @@ def row_of(row: RunRow, now: float) -> list[Segment]:
         step += f" / {count(row.max_steps)}"
     return [
         (row.run_id, "bold"),
-        (row.state.value.replace("_", " "), STATE_STYLES.get(row.state, "")),
+        (spoken(row.state.value), STATE_STYLES.get(row.state, "")),
         ("" if row.attempt is None else str(row.attempt), ""),
         (row.job_id or "", ""),
         (step, ""),

@@ -15,7 +15,8 @@ from orchestrator.operations.describe import OpenBackend, status_at
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Certificate, RunStatus, Signalled, Told
 from orchestrator.paths import RunPaths
-from orchestrator.states import JobState
+from orchestrator.states import ExitCode, JobState
+from orchestrator.words import spoken
 
 _LOOK_S = 0.2
 _ASK_S = 5.0
@@ -324,7 +325,7 @@ def _why_unsaved(shown: Certificate, evidence: Evidence) -> str:
     if not evidence.over:
         heard = "the program has neither stopped nor saved" if shown.told else "no agent has noted the signal"
         return f"the time was up: {heard}"
-    if evidence.exit_codes and set(evidence.exit_codes) <= {0, 75}:
+    if evidence.exit_codes and set(evidence.exit_codes) <= {ExitCode.DONE, ExitCode.SAVED}:
         return f"the program left when it was told to, but orch cannot see whether it saved anything; {session}"
     return (
         f"the program did not react to SIG{shown.signal} and was ended with nothing saved, so the next attempt begins "
@@ -335,7 +336,7 @@ def _why_unsaved(shown: Certificate, evidence: Evidence) -> str:
 def _why_not_on(shown: Certificate, evidence: Evidence, last: DrillNews) -> str:
     """It has saved, and has not made a step since."""
     status = last.status
-    where = "" if status is None else status.state.value.replace("_", " ")
+    where = "" if status is None else spoken(status.state.value)
     words = f" ({status.message})" if status is not None and status.message else ""
     if last.kind == "time_up":
         return f"the time was up before the next attempt made a step; the run is {where}{words}"

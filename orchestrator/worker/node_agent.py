@@ -21,6 +21,7 @@ from orchestrator.identity import rendezvous_port
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog
 from orchestrator.states import ExitCode, ExitReason
+from orchestrator.words import size
 from orchestrator.worker import launch
 from orchestrator.worker.node import NodeDirectory, node_root
 from orchestrator.worker.scheduler import Notice, Scheduler
@@ -217,7 +218,7 @@ class NodeAgent:
         except FileNotFoundError:
             return "the kernel killed it for lack of memory" if payload.out_of_memory() else None
         limit, peak = report["limit_bytes"], report["peak_bytes"]
-        at = f" at {_gb(peak)} of {_gb(limit)} GB" if limit is not None and peak is not None else ""
+        at = f" at {size(peak)} of {size(limit)}" if limit is not None and peak is not None else ""
         return f"the kernel killed a process{at} (resources.mem)"
 
     def _record_early_death(self, payload: Payload) -> None:
@@ -354,10 +355,6 @@ class NodeAgent:
             gpus=step_gpus(orders["gpus_per_node"], self.environ),
             log=self.paths.node_log(self.place.attempt, self.place.node),
         )
-
-
-def _gb(size_bytes: int) -> str:
-    return f"{size_bytes / 1e9:.1f}" if size_bytes >= 1e8 else f"{size_bytes / 1e9:.3f}"
 
 
 def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:

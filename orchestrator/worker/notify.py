@@ -33,7 +33,7 @@ from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog, load_run, read_events
 from orchestrator.spec.webaddress import is_web_address
 from orchestrator.states import ExitReason, JobState
-from orchestrator.words import story
+from orchestrator.words import spoken, story
 
 WEBHOOK_S, MAIL_S, COMMAND_S = 10.0, 20.0, 30.0
 """Deadlines of the channels, which run side by side."""
@@ -264,7 +264,7 @@ def compose_mail(addresses: Sequence[str], document: Mapping[str, Any]) -> Email
     """The mail. EmailMessage refuses line breaks in headers, and only names that cannot hold any go there."""
     mail = EmailMessage()
     mail["To"] = ", ".join(addresses)
-    mail["Subject"] = f"orch: {document['run_id']} {document['state'].replace('_', ' ')}"
+    mail["Subject"] = f"orch: {document['run_id']} {spoken(document['state'])}"
     mail.set_content(f"{document['text']}\n\nrun directory: {document['run_dir']}\njob: {document['job_id']}\n")
     return mail
 

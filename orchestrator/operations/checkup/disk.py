@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.operations.checkup.findings import Family, Finding, Level, size
+from orchestrator.operations.checkup.findings import Family, Finding, Level
 from orchestrator.operations.checkup.target import CACHES, Target
+from orchestrator.words import count, size
 from orchestrator.worker.probe.disk import DiskFacts
 
 LITTLE_BYTES = 10 * 10**9
@@ -75,7 +76,7 @@ def _ms(value: float | None) -> str:
 
 
 def _room(topic: str, path: str, facts: DiskFacts) -> Finding:
-    inodes = "" if facts.free_inodes is None else f" and {facts.free_inodes:,} inodes".replace(",", " ")
+    inodes = "" if facts.free_inodes is None else f" and {count(facts.free_inodes)} inodes"
     message = f"{path}: {size(facts.free_bytes)}{inodes} free"
     short = facts.free_bytes < LITTLE_BYTES or (facts.free_inodes is not None and facts.free_inodes < FEW_INODES)
     if short:

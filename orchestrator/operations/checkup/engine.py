@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from orchestrator.operations.checkup.findings import Family, Finding, Level, size
+from orchestrator.operations.checkup.findings import Family, Finding, Level
 from orchestrator.operations.checkup.target import Target
+from orchestrator.words import size
 from orchestrator.worker.probe.engine import EngineFacts
 
 _SMALL_STORE_BYTES = 20 * 10**9

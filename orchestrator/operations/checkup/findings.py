@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
 
+from orchestrator.errors import BackendError, ContainerError, RegistryError
+
 
 class Level(StrEnum):
     """ok: as it should be. warn: worth knowing or changing. bad: a run would fail or lose work."""
@@ -17,11 +19,11 @@ class Level(StrEnum):
 
 
 class Family(IntEnum):
-    """Whose fault it would be, as an exit code (docs/cli.md)."""
+    """Whose fault it would be, as the exit code that a command which fails of it has."""
 
-    SCHEDULER = 3
-    CONTAINER = 4
-    DISK = 6
+    SCHEDULER = BackendError.exit_code
+    CONTAINER = ContainerError.exit_code
+    DISK = RegistryError.exit_code
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,3 @@ class Examined:
 def listed(words: Iterable[str], *, nothing: str = "none") -> str:
     """`a, b, c`, in the given order and each once."""
     return ", ".join(dict.fromkeys(words)) or nothing
-
-
-def size(number: int) -> str:
-    """Bytes in decimal units: `212 GB`."""
-    value = float(number)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if value >= 10 or unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"

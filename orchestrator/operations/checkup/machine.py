@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 from orchestrator.backends.process import Runner
 from orchestrator.errors import BackendError
-from orchestrator.operations.checkup.findings import Family, Finding, Level, size
+from orchestrator.operations.checkup.findings import Family, Finding, Level
 from orchestrator.operations.checkup.target import Target
+from orchestrator.words import size
 
 OLDEST_PYTHON = (3, 11)
 _FEW_FILES = 1024

@@ -18,9 +18,10 @@ from orchestrator.backends.slurm import scheduler_words
 from orchestrator.errors import BackendError
 from orchestrator.operations.checkup.disk import disk_findings
 from orchestrator.operations.checkup.engine import node_engine_findings
-from orchestrator.operations.checkup.findings import Family, Finding, Level, size
+from orchestrator.operations.checkup.findings import Family, Finding, Level
 from orchestrator.operations.checkup.target import Target
 from orchestrator.plan.render import EXPORTED
+from orchestrator.words import size
 from orchestrator.worker.probe.disk import SCRATCH_PREFIX, DiskFacts
 from orchestrator.worker.probe.engine import EngineFacts
 from orchestrator.worker.probe.node import ANSWER, NONCE, NodeFacts

@@ -17,6 +17,7 @@ from orchestrator.cli.main import main
 from orchestrator.files import write_json
 from orchestrator.operations import describe
 from orchestrator.operations.checkup.findings import Examined, Family, Finding, Level, SaveSeconds
+from orchestrator.words import duration, size
 from tests.unit.cli.conftest import Cli, World
 
 COMMANDS = [
@@ -474,11 +475,11 @@ def test_on_a_terminal_colours_elsewhere_none(monkeypatch: pytest.MonkeyPatch) -
     ("seconds", "text"), [(0, "0 s"), (59.9, "59 s"), (125, "2 m 05 s"), (14400, "4 h 00 m"), (200000, "2 d 07 h")]
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert out.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_sizes() -> None:
-    assert [out.size(number) for number in (0, 999, 1000, 1_234_567_890)] == ["0 B", "999 B", "1.0 kB", "1.2 GB"]
+    assert [size(number) for number in (0, 999, 1000, 1_234_567_890)] == ["0 B", "999 B", "1.0 kB", "1.2 GB"]
 
 
 def test_completion_of_run_ids_is_cheap_and_quiet(world: World) -> None:
