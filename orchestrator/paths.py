@@ -99,6 +99,10 @@ class RunPaths:
         """Certificate of the drill that stopped this attempt."""
         return self.drills / f"drill-{attempt:03d}.json"
 
+    def certificates(self) -> list[Path]:
+        """Of all drills, oldest first."""
+        return sorted(self.drills.glob("drill-*.json"))
+
     # --- owner: rank 0
     @property
     def progress(self) -> Path:

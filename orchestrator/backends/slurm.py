@@ -240,19 +240,23 @@ def submission_environment(environ: Mapping[str, str], *, script: str, secrets: 
 
 
 def outside_of_jobs(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment without what an outer job's SLURM_* and a person's SBATCH_* would ask for."""
-    return {name: value for name, value in environ.items() if not _overrides_script(name, {_option(name)})}
+    """The environment for a srun of ours: without what an outer job's variables, or a person's, would ask for."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(("SRUN_", "SBATCH_")) and not _of_an_outer_job(name)
+    }
 
 
 def _overrides_script(name: str, own_options: set[str]) -> bool:
     if name.startswith("SBATCH_"):
-        return _option(name) in own_options
-    # Inside an interactive job SLURM_CPUS_PER_TASK, SLURM_MEM_PER_NODE … would be taken as options.
+        return "--" + name.removeprefix("SBATCH_").lower().replace("_", "-") in own_options
+    return _of_an_outer_job(name)
+
+
+def _of_an_outer_job(name: str) -> bool:
+    """Inside an interactive job SLURM_CPUS_PER_TASK, SLURM_MEM_PER_NODE … would be taken as options."""
     return name.startswith("SLURM_") and name not in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
-
-
-def _option(name: str) -> str:
-    return "--" + name.removeprefix("SBATCH_").lower().replace("_", "-")
 
 
 def scheduler_words(text: str) -> str:

@@ -16,15 +16,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.backends.base import JobStatus
-from orchestrator.errors import OrchError
-from orchestrator.files import read_json
-from orchestrator.operations.record import Record, load_record
+from orchestrator.errors import OrchError, RegistryError
+from orchestrator.operations.record import Record, agent_plan, load_record
 from orchestrator.operations.state import Standing, resolve
+from orchestrator.registry.submissions import SHOWN_LATE_S
 
 _log = logging.getLogger(__name__)
-
-SHOWN_LATE_S = 5.0
-"""A shared disk may show the agent's last word seconds after the scheduler has let go of the job."""
 
 _ANSWER_WAITS_S = 3.0
 # Senders outlive the command. Kept here: a Popen that is forgotten while its process runs warns when collected.
@@ -75,10 +72,9 @@ def _nobody_said(record: Record, standing: Standing) -> bool:
 
 def _wanted(record: Record) -> list[str]:
     try:
-        plan: Any = read_json(record.paths.agent_plan)
-    except (OSError, OrchError):  # no plan, no wish
+        notify = agent_plan(record.paths).get("notify")
+    except RegistryError:  # no plan, no wish
         return []
-    notify = plan.get("notify") if isinstance(plan, dict) else None
     return list(notify["on"]) if isinstance(notify, Mapping) else []
 
 

@@ -18,14 +18,16 @@ from typing import IO, Any
 from orchestrator.backends import open_backend
 from orchestrator.backends.base import Backend, Command, JobHandle
 from orchestrator.errors import BackendError
-from orchestrator.operations.control import agent_plan, running_here
+from orchestrator.operations.control import running_here
 from orchestrator.operations.describe import OpenBackend
-from orchestrator.operations.record import Record, load_record
+from orchestrator.operations.record import Record, agent_plan, load_record
 from orchestrator.operations.results import GpuUse, RankUse, Usage
 from orchestrator.operations.roots import find_run
+from orchestrator.worker import ranks
+from orchestrator.worker.observe import LEASE_S
 
 _ANSWER_S = 30.0  # for the first word of every node
-_BEAT_S = 5.0  # well within the observer's lease
+_BEAT_S = LEASE_S / 4  # a busy machine may delay one, and must not end the step
 _LEAVE_S = 10.0
 
 
@@ -130,8 +132,7 @@ def _container_on(record: Record, node: str) -> str | None:
 
 
 def _needs_program(job: _Job) -> None:
-    program = Path(str(job.plan["library_dir"])) / "orchestrator" / "worker" / "ranks.py"
-    if not program.exists():
+    if not Path(ranks.program_in(str(job.plan["library_dir"]))).exists():
         raise BackendError(
             f"{job.record.run_id} was submitted by an orch that could not open shells in containers",
             hint="it can from its next submission on; until then: docker exec on the node",

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from orchestrator.backends import open_backend
 from orchestrator.backends.base import JobHandle, SchedulerState
-from orchestrator.errors import BackendError, OrchError, RefusedError, RegistryError, SchedulerUnavailable
-from orchestrator.files import read_json, write_json
+from orchestrator.errors import BackendError, OrchError, RefusedError, SchedulerUnavailable
+from orchestrator.files import write_json
 from orchestrator.operations.dependencies import upstreams_first
 from orchestrator.operations.describe import OpenBackend, announce_ends, ask_schedulers, records_of, stand
-from orchestrator.operations.record import Record, load_record
+from orchestrator.operations.record import Record, agent_plan, load_record
 from orchestrator.operations.results import Cancelled, Signalled, Submitted
 from orchestrator.operations.roots import find_run, known_roots
 from orchestrator.operations.state import Standing
@@ -146,22 +146,6 @@ def preempt(
         lead_time_s=lead if isinstance(lead, int) else 0,
         time=now,
     )
-
-
-def agent_plan(paths: RunPaths) -> Mapping[str, Any]:
-    """plan/agent.json of a run. Raises RegistryError."""
-    try:
-        plan = read_json(paths.agent_plan)
-    except FileNotFoundError:
-        raise RegistryError(
-            f"{paths.run_dir.name} has no plan: it was not started by `orch submit`",
-            hint="such a run can be looked at, not controlled",
-        ) from None
-    except OSError as error:
-        raise RegistryError(f"cannot read {paths.agent_plan}: {error}") from error
-    if not isinstance(plan, dict):
-        raise RegistryError(f"{paths.agent_plan} is damaged", hint="submit the spec again with --new")
-    return plan
 
 
 def resume(

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from orchestrator.backends.base import Backend
-from orchestrator.errors import OrchError, RefusedError, RunNotFound, SchedulerUnavailable, SpecError
-from orchestrator.files import read_json
+from orchestrator.errors import RefusedError, RegistryError, RunNotFound, SchedulerUnavailable, SpecError
 from orchestrator.operations.describe import ask_schedulers, stand
-from orchestrator.operations.record import Record, load_record
+from orchestrator.operations.record import Record, agent_plan, load_record
 from orchestrator.operations.roots import find_run
 from orchestrator.operations.state import Standing
 from orchestrator.paths import RootPaths, RunPaths
@@ -130,10 +128,9 @@ def _way_to(own: str, run_id: str, root: Path, seen: tuple[str, ...]) -> tuple[s
 def awaited_by(paths: RunPaths) -> tuple[str, ...]:
     """The ids of the runs that a submitted run waits for; none where its plan cannot be read."""
     try:
-        plan: Any = read_json(paths.agent_plan)
-    except (OSError, OrchError):  # started by hand, or removed: whoever needs the plan says so
+        return tuple(agent_plan(paths).get("after") or ())
+    except RegistryError:  # started by hand, or removed: whoever needs the plan says so
         return ()
-    return tuple(plan.get("after") or ()) if isinstance(plan, dict) else ()
 
 
 def upstreams_first(runs: Sequence[RunPaths]) -> list[RunPaths]:

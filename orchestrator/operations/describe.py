@@ -40,8 +40,7 @@ def status_at(paths: RunPaths, *, open_backend: OpenBackend = open_backend, anno
 
 def announce_ends(records: Iterable[Record], asked: Asked) -> None:
     """Have the ends told that no agent could tell (`notify`)."""
-    jobs = [(record, asked.get(record.handle) if record.handle else None) for record in records]
-    announce((record, resolve(record, job), job) for record, job in jobs)
+    announce((record, stand(record, asked), _job(record, asked)) for record in records)
 
 
 def _as_warnings(silent: Iterable[str]) -> list[str]:
@@ -67,7 +66,12 @@ def ask_schedulers(records: Iterable[Record], open_backend: OpenBackend = open_b
 
 def stand(record: Record, asked: Asked) -> Standing:
     """State of one run after the schedulers were asked."""
-    return resolve(record, asked.get(record.handle) if record.handle else None)
+    return resolve(record, _job(record, asked))
+
+
+def _job(record: Record, asked: Asked) -> JobStatus | None:
+    """What its scheduler said of the newest submission; None when it was not asked, or gave no answer."""
+    return asked.get(record.handle) if record.handle else None
 
 
 def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunStatus:
@@ -75,7 +79,7 @@ def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunS
     standing = stand(record, asked)
     attempts = _attempts(record, standing)
     handle = record.handle
-    job = asked.get(handle) if handle else None
+    job = _job(record, asked)
     return RunStatus(
         run_id=record.run_id,
         run_dir=record.paths.run_dir,
@@ -139,7 +143,7 @@ def _resumed_from(record: Record) -> dict[str, Any] | None:
 
 def _newest_drill(paths: RunPaths) -> dict[str, Any] | None:
     """The newest certificate; a file that is none is not worth losing a status for."""
-    certificates = (_certificate(path) for path in sorted(paths.drills.glob("drill-*.json"), reverse=True))
+    certificates = (_certificate(path) for path in reversed(paths.certificates()))
     return next((certificate for certificate in certificates if certificate is not None), None)
 
 

@@ -124,6 +124,22 @@ def load_record(paths: RunPaths, *, now: float | None = None) -> Record:
         raise RegistryError(f"cannot read {paths.run_dir}: {error}", hint="is the shared disk mounted here?") from error
 
 
+def agent_plan(paths: RunPaths) -> Mapping[str, Any]:
+    """What the agents of a run were told. Raises RegistryError where there is no plan, or none that can be read."""
+    try:
+        plan = read_json(paths.agent_plan)
+    except FileNotFoundError:
+        raise RegistryError(
+            f"{paths.run_dir.name} has no plan: it was not started by `orch submit`",
+            hint="such a run can be looked at, not controlled",
+        ) from None
+    except OSError as error:
+        raise RegistryError(f"cannot read {paths.agent_plan}: {error}") from error
+    if not isinstance(plan, dict):
+        raise RegistryError(f"{paths.agent_plan} is damaged", hint="submit the spec again with --new")
+    return plan
+
+
 def _waiting_for(
     paths: RunPaths, events: Iterable[Mapping[str, Any]], submission: Submission | None
 ) -> tuple[str, ...]:

@@ -32,6 +32,7 @@ from orchestrator.operations.state import Standing
 from orchestrator.paths import RootPaths, RunPaths
 from orchestrator.registry import EventLog
 from orchestrator.states import JobState
+from orchestrator.worker.upstream import note_waiting
 
 if TYPE_CHECKING:
     from orchestrator.operations.snapshot import Snapshot
@@ -382,10 +383,9 @@ def start(
             if not isinstance(code, str):
                 _store_code(code, root)
         _write_run(spec, plan, paths, environ)
-        handle = _queue(plan, paths, environ, backend)
+        job_id = _queue(plan, paths, environ, backend)
         if awaited.waiting_for:
-            log = EventLog(paths, "login")
-            log.append("action", action="waiting_for", runs=awaited.waiting_for, job_id=handle.job_id)
+            note_waiting(EventLog(paths, "login"), awaited.waiting_for, job_id)
     except BaseException:
         # Secrets never outlive a submission that did not happen, whatever stopped it (Ctrl-C included).
         paths.secrets.unlink(missing_ok=True)
@@ -397,7 +397,7 @@ def start(
         run_id=plan.run_id,
         run_dir=paths.run_dir,
         backend=plan.backend,
-        job_id=handle.job_id,
+        job_id=job_id,
         action="resumed" if earlier or record.last_attempt is not None else "submitted",
         summary=summarise(spec),
         warnings=_remembered(paths, root, environ),
@@ -444,8 +444,8 @@ def start_files(plan: Plan) -> None:
         write_atomic(paths.script, plan.script.encode(), mode=0o755)
 
 
-def _queue(plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Backend) -> Any:
-    """Intent, submission, job id: a crash in between is resolved by the token at the next look."""
+def _queue(plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Backend) -> str:
+    """Intent, submission, a note of the job id, which is returned: a crash in between is resolved by the token."""
     log = EventLog(paths, "login")
     base = int(plan.agent["attempt_base"])
     log.append("action", action="submitting", token=plan.token, backend=plan.backend, attempt_base=base)
@@ -457,7 +457,7 @@ def _queue(plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Bac
         log.append("action", action="submission_failed", token=plan.token, message=error.message)
         raise
     _note_submitted(paths, handle.job_id, plan.backend, plan.token, base)
-    return handle
+    return handle.job_id
 
 
 def _note_submitted(paths: RunPaths, job_id: str, backend: str, token: str, attempt_base: int) -> None:

@@ -7,18 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.backends import open_backend
-from orchestrator.operations.announcing import SHOWN_LATE_S
 from orchestrator.operations.describe import OpenBackend, status_at
 from orchestrator.operations.record import load_record
 from orchestrator.operations.results import RunStatus, Waited
 from orchestrator.operations.roots import find_run
 from orchestrator.operations.state import is_settled
 from orchestrator.paths import RunPaths
+from orchestrator.registry.submissions import SHOWN_LATE_S
 from orchestrator.states import JobState
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0  # between questions to the scheduler
 _LOOK_S = 0.25  # between looks at the files, which cost nothing
-LOST_GRACE_S = SHOWN_LATE_S
 
 
 def wait(
@@ -39,7 +38,7 @@ def wait(
         status = status_at(paths, open_backend=open_backend)
         now = clock()
         lost_since = (lost_since if lost_since is not None else now) if status.state is JobState.LOST else None
-        if _over(status) and (lost_since is None or now - lost_since >= LOST_GRACE_S):
+        if _over(status) and (lost_since is None or now - lost_since >= SHOWN_LATE_S):
             status_at(paths, open_backend=open_backend, announcing=True)
             return Waited(status, timed_out=False)
         if end is not None and now >= end:

@@ -8,6 +8,9 @@ from typing import Any
 
 from orchestrator.states import JobState
 
+SHOWN_LATE_S = 5.0
+"""A shared disk may show the agent's last word seconds after the scheduler has let go of the job."""
+
 
 @dataclass(frozen=True)
 class Submission:

@@ -224,7 +224,7 @@ def _back_to_wait(
 ) -> Requeued:
     """Noted first: the restart that follows is no attempt, and the requeue may end this process."""
     events = EventLog(paths, "agent-n0")
-    note_waiting(events, found, scheduler.job_id)
+    note_waiting(events, [upstream.run_id for upstream in found if not upstream.completed], scheduler.job_id)
     events.append("action", action="back_to_wait", job_id=scheduler.job_id)
     return scheduler.wait_for(jobs)
 

@@ -25,9 +25,9 @@ from orchestrator.containers.docker import connect
 from orchestrator.errors import ContainerError, OrchError
 from orchestrator.worker import ranks
 from orchestrator.worker.agent import load_orders
-from orchestrator.worker.observe import agent_of, node_name
+from orchestrator.worker.node import node_name
+from orchestrator.worker.observe import agent_of
 
-_NOT_RUNNING = 3
 _INTERRUPTED = 130
 _ENDED_S = 5.0
 
@@ -133,18 +133,18 @@ def _send_input(connection: Any) -> None:
 
 def enter_container(run_dir: Path, orders: Mapping[str, Any], rank: str, container: str, command: list[str]) -> int:
     """Run beside the rank in its container, through the engine the agent uses. Raises OrchError."""
-    node = node_name()
+    node = node_name(os.environ)
     agent = agent_of(run_dir, node)
     number = None if rank == "-" else int(rank)
     own = ranks.own_process(orders["run_dir"], node, number)
     if agent is None or own is None:
         print(f"orch: rank {rank} of {orders['run_id']} is not running on {node}", file=sys.stderr)
-        return _NOT_RUNNING
+        return ranks.NOT_RUNNING
     client = connect({**os.environ, **ranks.environ_of(agent)})
     directory = Path(ranks.environ_of(own)["ORCH_DEADLINE_FILE"]).parent
     with leash_in(directory) as leash, _raw_terminal(0) as terminal:
-        program = f"{orders['library_dir']}/orchestrator/worker/ranks.py"
-        argv = ["python3", program, *neighbour_argv(orders, node, rank, str(leash), command)]
+        neighbour = neighbour_argv(orders, node, rank, str(leash), command)
+        argv = ["python3", ranks.program_in(orders["library_dir"]), *neighbour]
         return Engine(client.api, container).run(argv, terminal=terminal)
 
 
@@ -156,7 +156,7 @@ def main(argv: list[str]) -> int:
     try:
         orders = load_orders(Path(run_dir))
         if container == "-":
-            return ranks.main(neighbour_argv(orders, node_name(), rank, "-", command))
+            return ranks.main(neighbour_argv(orders, node_name(os.environ), rank, "-", command))
         return enter_container(Path(run_dir), orders, rank, container, command)
     except KeyboardInterrupt:  # the leash is let go of: what runs in the container ends
         return _INTERRUPTED

@@ -18,6 +18,11 @@ from orchestrator.files import write_atomic, write_json
 _LOCK = "owner.lock"
 
 
+def node_name(environ: Mapping[str, str]) -> str:
+    """What Slurm, and so a run's files, call this node; without Slurm its host name."""
+    return environ.get("SLURMD_NODENAME") or os.uname().nodename
+
+
 def node_root(environ: Mapping[str, str]) -> Path:
     """Where node-local directories live: $ORCH_NODE_DIR, else memory (secrets never touch a disk), else /tmp."""
     configured = environ.get("ORCH_NODE_DIR")

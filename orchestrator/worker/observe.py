@@ -13,7 +13,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -21,7 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from orchestrator.worker.node import node_name
 from orchestrator.worker.ranks import Process, by_rank, environ_of, processes_of
+from orchestrator.worker.scheduler import run_command
 
 LEASE_S = 20.0
 """How long standard input may be silent; whoever looks writes a byte at least twice in that time."""
@@ -65,18 +66,10 @@ def ask_gpus() -> list[Gpu]:
     """The GPUs of this node; none without nvidia-smi, or when it does not answer in time."""
     answers = []
     for query in ("--query-gpu=index,uuid,utilization.gpu", "--query-compute-apps=pid,gpu_uuid,used_memory"):
-        try:
-            done = subprocess.run(
-                ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                timeout=_SMI_S,
-                check=False,
-            )
-        except (OSError, subprocess.TimeoutExpired):
+        code, output = run_command(["nvidia-smi", query, "--format=csv,noheader,nounits"], _SMI_S)
+        if code != 0:
             return []
-        answers.append(done.stdout.decode(errors="replace") if done.returncode == 0 else "")
+        answers.append(output)
     return parse_gpus(*answers)
 
 
@@ -193,11 +186,6 @@ class Observer:
         return alive or (not self.agent_seen and time.monotonic() - self.began_at < _COMING_UP_S)
 
 
-def node_name() -> str:
-    """What the agent calls this node."""
-    return os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-
-
 def main(argv: list[str] | None = None) -> int:
     """See the module's docstring."""
     # A drill signals all steps of a job, this one, too: it is not meant.
@@ -209,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--interval", type=float, default=2.0)
     arguments = parser.parse_args(argv)
     try:
-        Observer(arguments.run_dir, node_name(), arguments.interval).run()
+        Observer(arguments.run_dir, node_name(os.environ), arguments.interval).run()
     except BrokenPipeError:  # nobody reads any more
         os._exit(0)
     return 0

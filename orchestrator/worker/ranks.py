@@ -23,9 +23,14 @@ from typing import NamedTuple
 ATTACHED = "ORCH_ATTACHED"
 """In the environment of what a person started beside a rank: it has the rank's own variables and is not the rank."""
 
-_NOT_RUNNING = 3
+NOT_RUNNING = 3  # the exit code of BackendError, which images do not have
 _CANNOT_START, _NOT_FOUND = 126, 127
 _END_S = 2.0
+
+
+def program_in(library: str) -> str:
+    """This file below the directory of our code that travels with a run."""
+    return f"{library}/orchestrator/worker/ranks.py"
 
 
 class Process(NamedTuple):
@@ -163,7 +168,7 @@ def main(argv: list[str]) -> int:
     environ = environ_of(pid) if pid is not None else {}
     if not environ:
         print(f"orch: rank {rank} of {run_dir} is not running on {node}", file=sys.stderr, flush=True)
-        return _NOT_RUNNING
+        return NOT_RUNNING
     held = None
     if leash != "-":
         held = os.open(leash, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -15,11 +15,10 @@ from typing import Any
 
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog, load_run, read_events
-from orchestrator.registry.submissions import newest_submission, stated
+from orchestrator.registry.submissions import SHOWN_LATE_S, newest_submission, stated
 from orchestrator.states import JobState
 from orchestrator.worker.scheduler import Scheduler
 
-_SHOWN_LATE_S = 5.0  # a shared disk may show a last word seconds after the scheduler has let go of the job
 _LOOK_AGAIN_S = 0.5
 _POLL_S = 1.0
 
@@ -43,7 +42,7 @@ def look(
 
 def _look_twice(paths: RunPaths, scheduler: Scheduler, sleep: Callable[[float], None]) -> Upstream:
     found = _look(paths, scheduler)
-    for _ in range(round(_SHOWN_LATE_S / _LOOK_AGAIN_S)):
+    for _ in range(round(SHOWN_LATE_S / _LOOK_AGAIN_S)):
         if found.words != _LOST:
             break
         sleep(_LOOK_AGAIN_S)
@@ -96,10 +95,9 @@ def blocked_by(found: Sequence[Upstream]) -> str | None:
     return next((f"it waits for {up.run_id}, which {up.words}" for up in found if up.words), None)
 
 
-def note_waiting(events: EventLog, found: Sequence[Upstream], job_id: str) -> None:
+def note_waiting(events: EventLog, run_ids: Sequence[str], job_id: str) -> None:
     """Tell `orch status` whom this run waits for."""
-    runs = [up.run_id for up in found if not up.completed]
-    events.append("action", action="waiting_for", runs=runs, job_id=job_id)
+    events.append("action", action="waiting_for", runs=list(run_ids), job_id=job_id)
 
 
 def times_waited(events: Iterable[Mapping[str, Any]], job_id: str) -> int:

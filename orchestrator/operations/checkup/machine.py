@@ -15,6 +15,7 @@ from orchestrator.operations.checkup.target import Target
 from orchestrator.words import size
 
 OLDEST_PYTHON = (3, 11)
+PYTHON_FIX = "slurm.python (site profile: python) must name a Python >= 3.11 that has this orch, on every node"
 _FEW_FILES = 1024
 _QUESTION_S = 20.0
 # Without what `-c` adds to the path, which is the current directory: on a node that is another one.
@@ -56,17 +57,16 @@ def python_finding(target: Target, found: Interpreter) -> Finding:
     """The agent needs Python 3.11 and orch on every node."""
     python = target.python
     which = "slurm.python" if target.own_python else "the one that runs orch"
-    fix = "slurm.python (site profile: python) must name a Python >= 3.11 that has orch, on every node"
     if found.error and target.backend == "slurm" and target.own_python:
         message = f"{python} ({which}) does not run on this machine: {found.error}"
-        return Finding("python", Level.WARN, message, f"{fix}; `orch doctor --node` tries it there")
+        return Finding("python", Level.WARN, message, f"{PYTHON_FIX}; `orch doctor --node` tries it there")
     if found.error:
-        return Finding("python", Level.BAD, f"{python} ({which}): {found.error}", fix)
+        return Finding("python", Level.BAD, f"{python} ({which}): {found.error}", PYTHON_FIX)
     version = ".".join(map(str, found.version))
     if found.version[:2] < OLDEST_PYTHON:
-        return Finding("python", Level.BAD, f"{python} ({which}) is Python {version}; the agent needs 3.11", fix)
+        return Finding("python", Level.BAD, f"{python} ({which}) is Python {version}; the agent needs 3.11", PYTHON_FIX)
     if found.import_error:
-        return Finding("python", Level.BAD, f"{python} ({which}) has no orch: {found.import_error}", fix)
+        return Finding("python", Level.BAD, f"{python} ({which}) has no orch: {found.import_error}", PYTHON_FIX)
     return Finding("python", Level.OK, f"{python} ({which}): Python {version}, has orch")
 
 

@@ -14,11 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from orchestrator.backends.process import Runner
-from orchestrator.backends.slurm import scheduler_words
+from orchestrator.backends.slurm import outside_of_jobs, scheduler_words
 from orchestrator.errors import BackendError
 from orchestrator.operations.checkup.disk import disk_findings
 from orchestrator.operations.checkup.engine import node_engine_findings
 from orchestrator.operations.checkup.findings import Family, Finding, Level
+from orchestrator.operations.checkup.machine import PYTHON_FIX
 from orchestrator.operations.checkup.target import Target
 from orchestrator.plan.render import EXPORTED
 from orchestrator.words import size
@@ -102,10 +103,6 @@ class _Job:
         self._name = name
         self._run = run
         argv = node_command(target, name, request)
-        environ = {
-            key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SRUN_", "SBATCH_"))
-        }
-        kept = {key: os.environ[key] for key in ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT") if key in os.environ}
         self._process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
@@ -113,7 +110,7 @@ class _Job:
             stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            env={**environ, **kept},
+            env=outside_of_jobs(os.environ),
             start_new_session=True,
         )
 
@@ -175,8 +172,7 @@ def _read(ended: _Ended, target: Target) -> NodeAnswer:
         return _facts(line)
     words = _last_words(ended) or f"srun ended with exit code {ended.returncode}"
     if "ImportError" in words or "No module named" in words:
-        fix = "slurm.python must name a Python >= 3.11 that has this version of orch, on every node"
-        return NodeAnswer(error=f"{target.python} does not run orch on the node: {words}", fix=fix)
+        return NodeAnswer(error=f"{target.python} does not run orch on the node: {words}", fix=PYTHON_FIX)
     if "No such file or directory" in words and target.python in words:
         fix = "slurm.python (site profile: python) must be there on every node, under the same path"
         return NodeAnswer(error=f"{target.python} is not on the node", fix=fix)

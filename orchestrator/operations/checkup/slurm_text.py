@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from orchestrator.worker.scheduler import parse_fields
+
 Fields: TypeAlias = Mapping[str, str]
 _NOTHING = ("", "(null)", "N/A", "none", "None", "NONE", "UNLIMITED", "infinite", "INFINITE", "Unknown")
 _UNKNOWN_EXPIRY_S = 120  # slurm.conf(5): cred_expire, the default
@@ -38,7 +40,7 @@ def parse_config(text: str) -> dict[str, str]:
 
 def parse_partitions(text: str) -> dict[str, dict[str, str]]:
     """Lines of `scontrol show partition --oneliner`, by name."""
-    rows = [dict(word.split("=", 1) for word in line.split() if "=" in word) for line in text.splitlines()]
+    rows = [parse_fields(line) for line in text.splitlines()]
     return {row["PartitionName"]: row for row in rows if "PartitionName" in row}
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.worker.node import node_root
+from orchestrator.worker.node import node_name, node_root
 from orchestrator.worker.scheduler import run_command
 
 NONCE, ANSWER = "nonce", "answer"
@@ -36,7 +36,7 @@ class NodeFacts:
 def probe_node(meeting: Path, nonce: str, environ: Mapping[str, str], *, node_dir_error: str) -> NodeFacts:
     """Look at everything an attempt needs here. `meeting` is a directory that `orch` made where it was called."""
     return NodeFacts(
-        host=environ.get("SLURMD_NODENAME") or os.uname().nodename,
+        host=node_name(environ),
         python=sys.executable,
         version=".".join(map(str, sys.version_info[:3])),
         meeting_error=meet(meeting, nonce),
