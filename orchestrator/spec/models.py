@@ -62,6 +62,18 @@ def _number_text(value: object) -> object:
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
+def _a_list_of_words(value: object) -> object:
+    if isinstance(value, str):
+        raise ValueError(f'expected a list of words, one per argument, such as ["python3", "x.py"]; got {shown(value)}')
+    return value
+
+
+def _names_a_program(value: tuple[str, ...]) -> tuple[str, ...]:
+    if not (value and value[0]):
+        raise ValueError("must name a program")
+    return value
+
+
 Text: TypeAlias = Annotated[str, Strict(), AfterValidator(_carried)]
 SomeText: TypeAlias = Annotated[str, Strict(), Field(min_length=1), AfterValidator(_carried)]
 SlurmText: TypeAlias = Annotated[
@@ -71,6 +83,9 @@ SlurmText: TypeAlias = Annotated[
     Field(min_length=1),
     AfterValidator(_carried),
     AfterValidator(_one_line),
+]
+ProgramWords: TypeAlias = Annotated[
+    tuple[Text, ...], BeforeValidator(_a_list_of_words), AfterValidator(_names_a_program)
 ]
 Count: TypeAlias = Annotated[int, Strict(), Field(ge=0, le=1_000_000)]
 Positive: TypeAlias = Annotated[int, Strict(), Field(ge=1, le=1_000_000)]
@@ -152,7 +167,7 @@ class Job(_Section):
         description="A Python file inside `workspace.path`, run under torchrun. Relative to the spec file.",
         examples=["train.py"],
     )
-    command: tuple[Text, ...] | None = Field(
+    command: ProgramWords | None = Field(
         None,
         description="A program and its arguments, run once per node without torchrun and without a shell.",
         examples=[["python3", "prepare.py"]],
@@ -176,16 +191,6 @@ class Job(_Section):
             suggestion = " A file is set by job.script." if value.endswith(".py") or "/" in value else ""
             raise ValueError(f"{shown(value)} is not a module name such as package.module.{suggestion}")
         return value
-
-    @field_validator("command", mode="before")
-    @classmethod
-    def _command_words(cls, value: Any) -> Any:
-        return _a_list_of_words(value)
-
-    @field_validator("command")
-    @classmethod
-    def _command_program(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return _names_a_program(value)
 
     @field_validator("args")
     @classmethod
@@ -600,7 +605,7 @@ class Notify(_Section):
         ),
         examples=["$SLACK_URL"],
     )
-    command: tuple[Text, ...] | None = Field(
+    command: ProgramWords | None = Field(
         None,
         description="A program and its arguments, without a shell; the document is its standard input.",
         examples=[["/home/me/bin/tell-me"]],
@@ -641,16 +646,6 @@ class Notify(_Section):
             raise ValueError("is no http:// or https:// URL; or write $NAME, a variable listed in secrets")
         return value
 
-    @field_validator("command", mode="before")
-    @classmethod
-    def _command_words(cls, value: Any) -> Any:
-        return _a_list_of_words(value)
-
-    @field_validator("command")
-    @classmethod
-    def _command_program(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        return _names_a_program(value)
-
     @model_validator(mode="after")
     def _some_channel(self) -> Notify:
         if not self.mail and self.webhook is None and self.command is None:
@@ -661,18 +656,6 @@ class Notify(_Section):
     def webhook_secret(self) -> str | None:
         """Name of the secret that holds the URL; None where the URL itself was written."""
         return self.webhook[1:] if self.webhook is not None and self.webhook.startswith("$") else None
-
-
-def _a_list_of_words(value: Any) -> Any:
-    if isinstance(value, str):
-        raise ValueError(f'expected a list of words, one per argument, such as ["python3", "x.py"]; got {shown(value)}')
-    return value
-
-
-def _names_a_program(value: tuple[str, ...] | None) -> tuple[str, ...] | None:
-    if value is not None and not (value and value[0]):
-        raise ValueError("must name a program")
-    return value
 
 
 class JobSpec(_Section):
