@@ -11,10 +11,46 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.operations import cancel, logs, preempt, ps, resume, status, submit, validate, wait
+    from orchestrator.operations import (
+        cancel,
+        doctor,
+        door,
+        enter,
+        lock_image,
+        logs,
+        plan_of,
+        preempt,
+        ps,
+        resume,
+        resume_all,
+        status,
+        submit,
+        top,
+        validate,
+        verify_drill,
+        wait,
+    )
 
 __version__ = "0.1.0"
-__all__ = ["cancel", "logs", "preempt", "ps", "resume", "status", "submit", "validate", "wait"]
+__all__ = [
+    "cancel",
+    "doctor",
+    "door",
+    "enter",
+    "lock_image",
+    "logs",
+    "plan_of",
+    "preempt",
+    "ps",
+    "resume",
+    "resume_all",
+    "status",
+    "submit",
+    "top",
+    "validate",
+    "verify_drill",
+    "wait",
+]
 
 
 def __getattr__(name: str) -> Any:

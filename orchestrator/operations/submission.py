@@ -379,9 +379,8 @@ def start(
     spec = spec.model_copy(update={"after": awaited.run_ids})
     plan = render(spec, paths, root, code_hash, record, awaited)
     try:
-        for code in (snapshot, library_of(paths)):
-            if not isinstance(code, str):
-                _store_code(code, root)
+        _store_code(snapshot, root)
+        _store_code(library_of(paths), root)
         _write_run(spec, plan, paths, environ)
         job_id = _queue(plan, paths, environ, backend)
         if awaited.waiting_for:
@@ -392,13 +391,12 @@ def start(
         if first and not _perhaps_queued(paths):
             shutil.rmtree(paths.run_dir, ignore_errors=True)
         raise
-    earlier = record.submission is not None and record.submission.job_id is not None
     return Submitted(
         run_id=plan.run_id,
         run_dir=paths.run_dir,
         backend=plan.backend,
         job_id=job_id,
-        action="resumed" if earlier or record.last_attempt is not None else "submitted",
+        action="submitted" if record.handle is None and record.last_attempt is None else "resumed",
         summary=summarise(spec),
         warnings=_remembered(paths, root, environ),
     )
@@ -410,10 +408,13 @@ def _perhaps_queued(paths: RunPaths) -> bool:
     return load_record(paths).submission is not None
 
 
-def _store_code(snapshot: Snapshot, root: Path) -> None:
+def _store_code(code: Snapshot | str, root: Path) -> None:
+    """A hash names code that is stored already."""
+    if isinstance(code, str):
+        return
     from orchestrator.operations.snapshot import ensure_snapshot
 
-    ensure_snapshot(snapshot, RootPaths(root))
+    ensure_snapshot(code, RootPaths(root))
 
 
 def _write_run(spec: JobSpec, plan: Plan, paths: RunPaths, environ: Mapping[str, str]) -> None:

@@ -98,11 +98,6 @@ def render_plan(
         script = render_script(
             spec, paths, token=token, attempt_base=attempt_base, python=python, after_jobs=after_jobs
         )
-        if spec.after and _READY not in script:
-            raise SpecError(
-                f"slurm.template: {spec.slurm.template} does not look whether the runs in `after` are completed",
-                hint="Take over the lines below `{% if after %}` from slurm_templates/run.sbatch.j2.",
-            )
     return Plan(run_id=run_id, backend=spec.backend, run_dir=paths.run_dir, script=script, agent=agent, token=token)
 
 
@@ -184,7 +179,13 @@ def render_script(
         "srun_args": shlex.join(srun_args(spec)),
         "srun_grace_s": str(_SRUN_GRACE_S),
     }
-    return _fill_template(spec.slurm.template, context)
+    script = _fill_template(spec.slurm.template, context)
+    if spec.after and _READY not in script:
+        raise SpecError(
+            f"slurm.template: {spec.slurm.template} does not look whether the runs in `after` are completed",
+            hint="Take over the lines below `{% if after %}` from slurm_templates/run.sbatch.j2.",
+        )
+    return script
 
 
 def _fill_template(path: str | None, context: Mapping[str, object]) -> str:
