@@ -15,10 +15,9 @@ import typer
 from orchestrator import operations
 from orchestrator.cli import out
 from orchestrator.errors import BackendError, SpecError
-from orchestrator.words import count, size, spoken, steps_lost
+from orchestrator.words import count, size
 
 if TYPE_CHECKING:
-    from orchestrator.operations.drill import DrillNews
     from orchestrator.operations.results import RunStatus, Signalled, Submitted, Usage
 
 DID_NOT_SUCCEED = 1
@@ -296,7 +295,9 @@ def preempt(run: str, root: Path | None, *, watch: bool, verify: bool, timeout: 
     if not watch:
         print(f"; watch:  orch status {result.run_id}")
         return
-    if not _narrate(result, limit_s):
+    from orchestrator.cli.drilled import narrate
+
+    if not narrate(result, limit_s):
         raise typer.Exit(DID_NOT_SUCCEED)
 
 
@@ -306,58 +307,16 @@ def _verify(drill: Signalled, limit_s: float, as_json: bool) -> None:
         certificate = operations.verify_drill(drill, timeout_s=limit_s)
         out.json_document(certificate.as_json())
     else:
-        from orchestrator.cli.view import certificate_lines
+        from orchestrator.cli.drilled import certificate_lines, tell_verified
 
         print(f"signalled (SIG{drill.signal})", end="", flush=True)
         certificate = operations.verify_drill(
-            drill, timeout_s=limit_s, tell=_tell_verified, reading=out.Bar("reading the checkpoint again")
+            drill, timeout_s=limit_s, tell=tell_verified, reading=out.Bar("reading the checkpoint again")
         )
         print()
         out.lines(certificate_lines(certificate))
     if not certificate.passed:
         raise typer.Exit(DID_NOT_SUCCEED)
-
-
-def _tell_verified(news: DrillNews) -> None:
-    if news.kind == "stepped":
-        print(f" … step {count(news.step or 0)}", end="", flush=True)
-    elif news.kind not in ("ended", "time_up"):  # the certificate says it better
-        print(_tell(news)[0], end="", flush=True)
-
-
-def _narrate(drill: Signalled, limit_s: float) -> bool:
-    """`… saved step 41 912 in 2.8 s … requeued … resumed from 41 912. 0 steps lost.` True when the run is safe."""
-    from orchestrator.operations.drill import watch_drill
-
-    safe = True
-    for news in watch_drill(drill, timeout_s=limit_s):
-        text, safe = _tell(news)
-        print(text, end="", flush=True)
-    print()
-    return safe
-
-
-def _tell(news: DrillNews) -> tuple[str, bool]:
-    step = "" if news.step is None else count(news.step)
-    if news.kind == "saved":
-        return f" … saved step {step} after {news.seconds or 0.0:.1f} s", True
-    if news.kind in ("requeued", "started"):
-        return f" … {news.kind}", True
-    if news.kind == "resumed":
-        return f", resumed from step {step}.", True
-    status = news.status
-    if news.kind == "time_up" and status is not None:
-        return f" … the time is up, and the run is {status.state.value} (nothing is lost by waiting)", status.alive
-    if status is None:
-        return "", True
-    if status.state.terminal and not status.succeeded:
-        return f" … the run ended: {spoken(status.state.value)}. {status.message}", False
-    if not status.attempts or status.attempts[-1].resumed_step is None:
-        if status.progress.step is None:
-            return f". It does not tell orch what it saved:  orch logs {status.run_id}", True
-        return " … it began again at the beginning: nothing was saved. Is the signal handled?", False
-    lost = next((row.steps_lost for row in reversed(status.attempts[:-1]) if row.steps_lost is not None), None)
-    return ("" if lost is None else f" {steps_lost(lost)}."), True
 
 
 def shell(run: str, root: Path | None, *, rank: int, command: Sequence[str]) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from orchestrator.cli.out import STATE_STYLES, Line, Segment, table
-from orchestrator.operations.results import Attempt, Certificate, GpuUse, RankUse, RunRow, RunStatus, Told, Usage
+from orchestrator.operations.results import Attempt, GpuUse, RankUse, RunRow, RunStatus, Usage
 from orchestrator.operations.sparklines import Trend
-from orchestrator.paths import RunPaths
 from orchestrator.states import ExitReason, JobState
 from orchestrator.words import count, duration, next_steps, sentence, size, spoken, steps_lost
 
@@ -111,52 +110,6 @@ def _drill(certificate: Mapping[str, Any], now: float) -> Line:
         ]
     why = next(iter(certificate.get("reasons") or ()), "")
     return [("  drill       ", ""), ("failed", "bold red"), (f" {ago}: {why}", "")]
-
-
-def certificate_lines(shown: Certificate) -> list[Line]:
-    """What `orch preempt --verify` says at the end."""
-    verdict: Segment = ("drill passed", "bold green") if shown.passed else ("drill FAILED", "bold red")
-    facts = [(name, text) for name, text in _facts(shown) if text is not None]
-    content: list[Line] = [[(shown.run_id, "bold"), ("   ", ""), verdict]]
-    content += [
-        [(f"  {'because' if number == 0 else '':<13}{reason}", "")] for number, reason in enumerate(shown.reasons)
-    ]
-    content += [[(f"  {name:<13}{text}", "")] for name, text in facts]
-    written = RunPaths(shown.run_dir).drill(shown.attempt)
-    return [*content, [(f"  {'certificate':<13}{written}", "dim")]]
-
-
-def _facts(shown: Certificate) -> Iterable[tuple[str, str | None]]:
-    """Name and words of everything that was seen; None for what was not."""
-    yield "told", "; ".join(_told(told) for told in shown.told) or "nobody"
-    yield "time used", _used(shown)
-    saved = None if shown.step_saved is None else f"step {count(shown.step_saved)}"
-    if saved is not None and shown.save_s is not None:
-        saved += f" in {shown.save_s:.1f} s"
-    if saved is not None and shown.size_bytes is not None:
-        saved += f", {size(shown.size_bytes)}"
-    yield "saved", saved
-    yield "requeued", None if shown.requeue_wait_s is None else f"started again after {shown.requeue_wait_s:.1f} s"
-    resumed = None if shown.step_resumed is None else f"from step {count(shown.step_resumed)}"
-    if resumed is not None and shown.steps_lost is not None:
-        resumed += f", {steps_lost(shown.steps_lost)}" + (" (exact)" if shown.exact else "")
-    yield "resumed", resumed
-    started = None if shown.startup_s is None else f"{shown.startup_s:.1f} s to step {count(shown.step_made or 0)}"
-    yield "started up", started
-    yield "checkpoint", f"verified, {shown.checkpoint}" if shown.verified else None
-
-
-def _told(told: Told) -> str:
-    cause = "" if told.cause is None else f", {spoken(told.cause)}"
-    return f"{told.node} ({'+'.join(told.signals)}{cause})"
-
-
-def _used(shown: Certificate) -> str | None:
-    if shown.grace_s is None:
-        return None
-    if shown.grace_used_s is None:
-        return f"all of {shown.grace_s:.0f} s"
-    return f"{shown.grace_used_s:.1f} s of {shown.grace_s:.0f} s"
 
 
 def _straggler(rank: int, seconds: float, others: float) -> Line:

@@ -29,7 +29,6 @@ class Target:
     lead_time_s: int
     signal: str
     time_s: int | None
-    nodes: int
     gpus_per_node: int
     partitions: tuple[str, ...]
     account: str | None
@@ -63,7 +62,6 @@ def target_of_spec(spec: JobSpec, root: Path, partition: str | None, environ: Ma
         lead_time_s=int(spec.preemption.lead_time),
         signal=spec.preemption.signal,
         time_s=None if spec.resources.time is None else int(spec.resources.time),
-        nodes=spec.resources.nodes,
         gpus_per_node=spec.resources.gpus_per_node,
         partitions=_names(chosen),
         account=spec.slurm.account,
@@ -94,7 +92,6 @@ def target_of_site(site: SiteProfile, root: Path, partition: str | None, environ
         lead_time_s=int(defaults.lead_time),
         signal=defaults.signal,
         time_s=None,
-        nodes=resources.nodes,
         gpus_per_node=resources.gpus_per_node,
         partitions=_names(chosen),
         account=site.account,

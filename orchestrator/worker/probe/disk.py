@@ -26,7 +26,6 @@ class DiskFacts:
     file_system: str = ""
     device: str = ""
     mount_point: str = ""
-    size_bytes: int = 0
     free_bytes: int = 0
     free_inodes: int | None = None  # None: the file system makes them as they are needed
     fsync_ms: float | None = None
@@ -54,7 +53,6 @@ def probe_disk(path: Path) -> DiskFacts:
         space = os.statvfs(tried)
         facts = replace(
             facts,
-            size_bytes=space.f_blocks * space.f_frsize,
             free_bytes=space.f_bavail * space.f_frsize,
             free_inodes=space.f_favail if space.f_files else None,
         )

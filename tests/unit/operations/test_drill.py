@@ -11,7 +11,8 @@ import pytest
 from orchestrator import operations
 from orchestrator.backends.base import SchedulerState
 from orchestrator.checkpoint import Manifest, open_store
-from orchestrator.cli.view import certificate_lines, status_lines
+from orchestrator.cli.drilled import certificate_lines
+from orchestrator.cli.view import status_lines
 from orchestrator.files import read_json, write_json
 from orchestrator.operations.drill import Checked, DrillNews, Evidence, certify
 from orchestrator.operations.results import Certificate, Signalled, Told

@@ -21,7 +21,6 @@ TARGET = Target(
     lead_time_s=120,
     signal="USR1",
     time_s=None,
-    nodes=1,
     gpus_per_node=0,
     partitions=(),
     account=None,

@@ -26,7 +26,7 @@ from orchestrator.worker.probe.node import NodeFacts, meet
 from tests.unit.operations.checkup.given import target, words
 
 GOOD = DiskFacts(
-    "/shared/orch", "/shared/orch", "", "nfs4", "server:/export", "/shared", 10**13, 10**12, 10**8, 4.0, 1.0, True,
+    "/shared/orch", "/shared/orch", "", "nfs4", "server:/export", "/shared", 10**12, 10**8, 4.0, 1.0, True,
     True, True, 0.1,
 )  # fmt: skip
 IMAGE = "sha256:" + "a" * 64
