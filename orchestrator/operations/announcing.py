@@ -19,6 +19,7 @@ from orchestrator.backends.base import JobStatus
 from orchestrator.errors import OrchError, RegistryError
 from orchestrator.operations.record import Record, agent_plan, load_record
 from orchestrator.operations.state import Standing, resolve
+from orchestrator.paths import RunPaths
 from orchestrator.registry.submissions import SHOWN_LATE_S
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def _unsaid(record: Record, standing: Standing, job: JobStatus | None, now: floa
     wanted = _wanted(record)
     if standing.state.value not in wanted or paths.notified(job_id, standing.state.value).exists():
         return None
-    if not os.access(paths.run_dir, os.W_OK):  # somebody else's run
+    if not _ours(paths):
         return None
     try:  # it may have ended, with a word, between the look at its files and the question to the scheduler
         again = load_record(paths)
@@ -66,6 +67,18 @@ def _unsaid(record: Record, standing: Standing, job: JobStatus | None, now: floa
     }
 
 
+def _ours(paths: RunPaths) -> bool:
+    """The plan names a program, which runs as whoever looks: root, or a colleague who may write here, must not run it.
+
+    Both, since in a directory that others may write to, the plan can be theirs.
+    """
+    try:
+        owners = {paths.run_dir.stat().st_uid, paths.agent_plan.stat().st_uid}
+    except OSError:  # removed since, or not for us to see
+        return False
+    return owners == {os.geteuid()} and os.access(paths.run_dir, os.W_OK)
+
+
 def _nobody_said(record: Record, standing: Standing) -> bool:
     return standing.state.terminal and not standing.alive and record.stated is not standing.state
 
@@ -81,7 +94,8 @@ def _wanted(record: Record) -> list[str]:
 def _send(ends: list[dict[str, Any]]) -> None:
     try:
         sender = subprocess.Popen(
-            [sys.executable, "-m", "orchestrator.worker.notify"],
+            # -P: a program of the directory we are in, such as email.py, must not stand in for the library's.
+            [sys.executable, "-P", "-m", "orchestrator.worker.notify"],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -120,3 +121,38 @@ def test_a_plan_of_an_older_version_wants_nothing(world: World, told: Path) -> N
     path.write_text("damaged")
     assert world.status(run).state is JobState.LOST
     assert lines(told) == []
+
+
+@pytest.mark.parametrize("whose", ["run_dir", "agent_plan"])
+def test_a_command_that_somebody_else_wrote_down_is_not_run(
+    world: World, told: Path, whose: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root and colleagues with write access look at runs, too; what those would start is not theirs."""
+    run = lost(world)
+    theirs = getattr(world.paths(run), whose)
+    real = os.stat
+
+    def stat(path: object, **options: bool) -> os.stat_result:
+        found = real(path, **options)  # type: ignore[arg-type]
+        if isinstance(path, Path) and path == theirs:
+            fields = list(found)
+            fields[4] += 1  # st_uid
+            return os.stat_result(fields)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        assert world.status(run).state is JobState.LOST
+    assert list(world.paths(run).run_dir.glob("notified*")) == []
+    assert world.status(run).state is JobState.LOST
+    poll(lambda: lines(told) == [f"lost {run}"], "the owner to be told")
+
+
+def test_programs_of_the_current_directory_do_not_stand_in_for_the_library_s(
+    world: World, told: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "email.py").write_text("raise SystemExit('not me')\n")
+    monkeypatch.chdir(tmp_path)
+    run = lost(world)
+    world.status(run)
+    poll(lambda: lines(told) == [f"lost {run}"], "somebody to be told")
