@@ -90,18 +90,27 @@ def node_main(run_dir: Path, environ: Mapping[str, str]) -> int:
     orders = load_orders(run_dir)
     scheduler = SlurmScheduler(environ)
     place = slurm_place(orders, scheduler, environ)
+    alive = _show_life(environ) if place.node == 0 else None
     if place.node == 0:
-        _show_life(environ)
         nodes = scheduler.node_names(environ["SLURM_STEP_NODELIST"])
         AttemptBook(RunPaths(run_dir), orders).open(place.attempt, scheduler.job_id, nodes)
-    return _run_as(orders, place, scheduler, environ)
+    code = _run_as(orders, place, scheduler, environ)
+    if alive is not None and code in (ExitCode.DONE, ExitCode.SAVED):
+        # A command may take longer on another node, to end or to save; after a failure nobody is waited for long.
+        os.write(alive, b"done\n")
+    return code
 
 
-def _show_life(environ: Mapping[str, str]) -> None:
-    """Hold the batch script's pipe open until this process ends, however it ends."""
+def _show_life(environ: Mapping[str, str]) -> int | None:
+    """Hold the batch script's pipe open until this process ends, however it ends; None where there is none."""
     pipe = environ.get("ORCH_ALIVE")
-    if pipe is not None and Path(pipe).is_fifo():  # a template of the user's own may have none
-        os.open(pipe, os.O_RDWR | os.O_CLOEXEC)
+    if pipe is None or not Path(pipe).is_fifo():  # a template of the user's own may have none
+        return None
+    try:
+        return os.open(pipe, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:  # then nobody watches: no reason not to run
+        print(f"orch: {pipe}: {error.strerror}", file=sys.stderr, flush=True)
+        return None
 
 
 def _run_as(orders: Mapping[str, Any], place: Place, scheduler: Scheduler, environ: Mapping[str, str]) -> int:

@@ -185,7 +185,6 @@ def test_an_srun_that_outlives_its_agent_is_given_up(new_stage: NewStage, tmp_pa
     (tmp_path / "die").touch()
     assert stage.process.wait(timeout=20) == 75
     assert stage.log()[-1] == "agent finish status 137"
-    assert not list(Path("/dev/shm").glob(f"orch-alive.{stage.process.pid}"))
 
 
 def test_without_the_pipe_nobody_is_watched_and_nobody_killed(new_stage: NewStage, tmp_path: Path) -> None:
@@ -199,3 +198,44 @@ def test_without_the_pipe_nobody_is_watched_and_nobody_killed(new_stage: NewStag
         stage.process.wait(timeout=1.5)
     assert stage.end() == 0
     assert stage.log()[-1] == "agent finish status 0"
+
+
+def test_a_node_that_has_ended_well_hurries_nobody(new_stage: NewStage, tmp_path: Path) -> None:
+    """A command may run, or save, longer on another node: that is no reason to kill it."""
+    stage = new_stage()
+    script = tmp_path / "script"
+    script.write_text(script.read_text().replace(" -t 60 ", " -t 0.1 "))
+    holder = 'exec 9<>"$ORCH_ALIVE"; until [ -e "$STAGE/die" ]; do sleep 0.02; done; echo done >&9'
+    (tmp_path / "srun").write_text(SRUN.replace("until", f"( {holder}; exec 9>&-; touch $STAGE/gone ) &\nuntil"))
+    stage.start()
+    poll(lambda: len(stage.log()) == 1, "srun")
+    (tmp_path / "die").touch()
+    poll((tmp_path / "gone").exists, "the first node's end")
+    assert stage.process is not None
+    with pytest.raises(subprocess.TimeoutExpired):
+        stage.process.wait(timeout=1.5)
+    assert stage.end() == 0
+    assert stage.log()[-1] == "agent finish status 0"
+
+
+def test_nobody_else_gets_at_the_pipe(new_stage: NewStage, tmp_path: Path) -> None:
+    """Everybody may make files in /dev/shm, and numbers of processes are easily guessed."""
+    stage = new_stage()
+    note = 'dir=${ORCH_ALIVE%/*}; echo "$dir" > "$STAGE/where"; stat -c "%a %u" "$dir" > "$STAGE/mode"'
+    (tmp_path / "srun").write_text(SRUN.replace("until", f"{note}\nuntil"))
+    stage.start()
+    assert stage.end() == 0
+    assert (tmp_path / "mode").read_text().split() == ["700", str(os.getuid())]
+    assert not Path((tmp_path / "where").read_text().strip()).exists()
+
+
+def test_being_continued_during_set_up_is_no_notice(new_stage: NewStage, tmp_path: Path) -> None:
+    """Slurm continues a suspended job; that is not being told to stop."""
+    stage = new_stage(setup=['touch "$STAGE/setting-up"', 'until [ -e "$STAGE/set-up" ]; do sleep 0.02; done'])
+    stage.start()
+    poll((tmp_path / "setting-up").exists, "the stand-ins")
+    assert stage.process is not None
+    stage.process.send_signal(signal.SIGCONT)
+    (tmp_path / "set-up").touch()
+    poll(lambda: stage.log() == ["srun 4 0"], "the stand-ins")
+    assert stage.end() == 0

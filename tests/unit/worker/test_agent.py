@@ -20,6 +20,7 @@ from orchestrator.paths import RunPaths
 from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
 from orchestrator.spec import parse_spec
+from orchestrator.worker import agent as agent_module
 from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node
 from orchestrator.worker.scheduler import LocalScheduler
 
@@ -127,3 +128,50 @@ def test_a_notice_to_a_later_local_attempt_that_has_just_been_opened_is_kept(tmp
     done = subprocess.run(argv, env=environ, timeout=60, capture_output=True, text=True, check=False)
     signalled = [event for event in read_events(RunPaths(plan.run_dir)) if event["event"] == "signalled"]
     assert [(event["attempt"], event["signals"]) for event in signalled] == [(1, ["SIGUSR1"])], done.stderr
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, b"done\n"), (75, b"done\n"), (1, b""), (137, b"")])
+def test_the_script_is_told_of_a_good_end_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, said: bytes
+) -> None:
+    """After it other nodes may go on; after any other end, and none at all, srun is not waited for long."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    watcher = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert slurm_node(tmp_path, monkeypatch, code, str(pipe)) == code
+    try:
+        assert (os.read(watcher, 100) if said else b"") == said
+    finally:
+        os.close(watcher)
+
+
+def test_a_pipe_that_is_not_ours_keeps_no_agent_from_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+
+    real = os.open
+
+    def refuse(path: str, *arguments: int) -> int:
+        if path == str(pipe):
+            raise PermissionError(13, "Permission denied", path)
+        return real(path, *arguments)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert slurm_node(tmp_path, monkeypatch, 0, str(pipe)) == 0
+
+
+def slurm_node(run_dir: Path, monkeypatch: pytest.MonkeyPatch, code: int, pipe: str) -> int:
+    """The agent of the first node, without its attempt."""
+    monkeypatch.setattr(agent_module, "die_with_parent", lambda: None)
+    monkeypatch.setattr(agent_module, "load_orders", lambda run_dir: {"attempt_base": 0})
+    monkeypatch.setattr(agent_module.AttemptBook, "open", lambda *_: None)
+    monkeypatch.setattr(agent_module, "_run_as", lambda *_: code)
+    environ = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_STEP_NUM_NODES": "1",
+        "SLURM_NODEID": "0",
+        "SLURMD_NODENAME": "n1",
+        "SLURM_STEP_NODELIST": "n1",
+        "ORCH_ALIVE": pipe,
+    }
+    return agent_module.node_main(run_dir, environ)
