@@ -27,6 +27,7 @@ from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter
 from orchestrator.states import ExitCode, ExitReason
+from orchestrator.worker.ranks import ATTACHED
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
 
 log = logging.getLogger("orchestrator.worker")
@@ -177,6 +178,12 @@ class Session:
             default_dir: run directory where none is given by the environment; else `$ORCH_ROOT/runs/<run_id>`.
             settings: when to save, where the plan of `orch submit` does not say.
         """
+        if ATTACHED in environ:  # it would take the run over from the ranks beside it, which then end for good
+            raise CheckpointError(
+                f"this shell stands beside a running rank of {environ.get('ORCH_RUN_ID', 'a run')}, which alone may "
+                "write its checkpoints",
+                hint='give the program a clean environment: env -i HOME="$HOME" PATH="$PATH" python …',
+            )
         identity = identify(environ, default_dir=default_dir, agree=agree)
         paths = RunPaths(identity.run_dir)
         identity.run_dir.mkdir(parents=True, exist_ok=True)
