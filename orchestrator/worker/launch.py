@@ -115,8 +115,11 @@ _MEMORY_FILES = (  # events, limit and peak of a memory cgroup: version 2, versi
 
 def memory_cgroup(contained: bool, root: str = "/sys/fs/cgroup", listing: str = "/proc/self/cgroup") -> str | None:
     """Directory of the cgroup that limits our memory; None without one. In a container the mount itself may be ours."""
-    with open(listing, encoding="ascii") as stream:
-        entries = [line.rstrip("\n").split(":", 2) for line in stream]
+    try:
+        with open(listing, encoding="utf-8", errors="surrogateescape") as stream:
+            entries = [line.rstrip("\n").split(":", 2) for line in stream]
+    except OSError:  # a kernel, or a sandbox, without cgroups
+        return None
     for _, controllers, path in entries:
         if controllers and "memory" not in controllers.split(","):
             continue
@@ -284,14 +287,20 @@ class Launch:
     def _dump_stacks(self, child_pid: int) -> None:
         """Start py-spy on every rank and do not wait: PID 1 watches its leash; `_reap` collects the py-spies."""
         for pid, rank in self._ranks(child_pid):
+            path = os.path.join(self.config["log_dir"], f"stack-{rank}.txt")
+            try:
+                log = os.open(path, _APPEND, 0o644)
+            except OSError as error:  # a full disk is no reason to kill a program that may still save
+                print(f"orch: {path}: {error.strerror}", file=sys.stderr, flush=True)
+                continue
             argv = [self.config["py_spy"], "dump", "--subprocesses", "--pid", str(pid)]
-            log = os.open(os.path.join(self.config["log_dir"], f"stack-{rank}.txt"), _APPEND, 0o644)
             try:
                 os.posix_spawn(
                     argv[0], argv, os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, log, fd) for fd in (1, 2)]
                 )
             except OSError as error:
-                os.write(log, f"orch: {argv[0]}: {error.strerror}\n".encode())
+                with contextlib.suppress(OSError):
+                    os.write(log, f"orch: {argv[0]}: {error.strerror}\n".encode())
             finally:
                 os.close(log)
 
@@ -308,9 +317,12 @@ class Launch:
         report = memory_report(self.memory) if self.memory is not None else None
         if report is not None and (report["kills"] or 0) > (self.memory_kills or 0):
             partial = self.config["memory_report"] + ".new"
-            with open(partial, "w", encoding="ascii") as stream:
-                json.dump(report, stream)
-            os.replace(partial, self.config["memory_report"])
+            try:
+                with open(partial, "w", encoding="ascii") as stream:
+                    json.dump(report, stream)
+                os.replace(partial, self.config["memory_report"])
+            except OSError as error:  # it must not take the place of the exit code, which may say that all is saved
+                print(f"orch: {partial}: {error.strerror}", file=sys.stderr, flush=True)
 
     def _verdict(self) -> dict[str, Any] | None:
         return _read_json(self.config["verdict"])

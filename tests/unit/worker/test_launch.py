@@ -245,6 +245,34 @@ def test_a_missing_py_spy_is_said_where_the_stack_would_be(node: Node) -> None:
     poll(lambda: stack.exists() and "/nowhere/py-spy" in stack.read_text(), "the remark")
 
 
+def test_a_stack_that_cannot_be_written_kills_nobody(node: Node) -> None:
+    """On a full disk, say: a run that was only slow is still to save."""
+    (node.directory / "stack-node-0.txt").mkdir()
+    node.start(python(PATIENT, str(node.verdict), "saved"))
+    node.ready()
+    node.order(b"DU")
+    assert node.exit_code() == 75
+    assert "stack-node-0.txt" in node.log.read_text()
+
+
+def test_a_memory_report_that_cannot_be_written_changes_no_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cgroup_files(tmp_path, **{"memory.events": "oom_kill 1\n"})
+    pid_1 = launch.Launch.__new__(launch.Launch)
+    pid_1.memory, pid_1.memory_kills = str(tmp_path), 0
+    pid_1.config = {"memory_report": str(tmp_path / "nowhere" / "memory.json")}
+    pid_1._run = lambda: launch.SAVED  # type: ignore[method-assign]
+    assert pid_1.run() == launch.SAVED
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_machine_without_cgroups_and_odd_names_of_cgroups_keep_nobody_from_starting(tmp_path: Path) -> None:
+    assert launch.memory_cgroup(False, str(tmp_path), str(tmp_path / "nowhere")) is None
+    (tmp_path / "listing").write_bytes("0::/système/\udcff\n".encode(errors="surrogateescape"))
+    assert launch.memory_cgroup(False, str(tmp_path), str(tmp_path / "listing")) is None
+
+
 def cgroup_files(directory: Path, **files: str) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
