@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import time
@@ -116,9 +117,12 @@ Runner = Callable[[Sequence[str], float], "tuple[int, str]"]
 
 def run_command(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
     """(return code, stdout and stderr); 124 when it did not end in time, 127 when there is no such program."""
+    # Seconds since 1970: a user's own format may be unreadable, and local time is ambiguous for one hour in autumn.
+    environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     try:
         done = subprocess.run(
             argv,
+            env=environ,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -280,6 +284,11 @@ def read_notice(
     preempted = _time(job.get("PreemptTime")) is not None
     if state in RUNNING:
         end = _time(job.get("EndTime"))
+        if end is not None and end <= now:
+            # Our clock is ahead of slurmctld's, or OverTimeLimit lets it run on: a deadline that has passed would end
+            # the program before it can save.
+            over = now + max(kill_wait_s() - _RESERVE_S, 1.0)
+            return Notice(ExitReason.PREEMPTED if preempted else ExitReason.TIME_LIMIT, over)
         if preempted:
             if end is None:  # a job without a time limit has none, during its grace, too
                 grace = grace_s()
@@ -310,4 +319,4 @@ def _time(text: str | None) -> float | None:
     """A time of scontrol's in unix seconds; None for `None`, `Unknown`, `N/A` or a field that is not there."""
     if text is None or not text[:1].isdigit():
         return None
-    return datetime.fromisoformat(text).timestamp()
+    return float(text) if text.isdigit() else datetime.fromisoformat(text).timestamp()

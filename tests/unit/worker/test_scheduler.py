@@ -40,6 +40,23 @@ def test_causes_are_told_apart(job: dict[str, str], cause: ExitReason, deadline:
     assert notice.deadline == pytest.approx(NOW + deadline)
 
 
+@pytest.mark.parametrize(("preempt", "cause"), [("None", ExitReason.TIME_LIMIT), ("0", ExitReason.PREEMPTED)])
+def test_an_end_that_has_passed_leaves_kill_wait(preempt: str, cause: ExitReason) -> None:
+    """The clock of slurmctld may lag, and OverTimeLimit lets a job run on: it must still be able to save."""
+    job = {"JobState": "RUNNING", "PreemptTime": preempt if preempt == "None" else stamp(-20), "EndTime": stamp(-10)}
+    notice = read_notice(job, now=NOW, lead_time_s=120, restarts=1, kill_wait_s=lambda: 30.0)
+    assert (notice.cause, notice.deadline) == (cause, NOW + 28)
+
+
+def test_times_are_asked_for_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever format the user likes, and whatever the clocks on the wall do in autumn."""
+    monkeypatch.setenv("SLURM_TIME_FORMAT", "relative")
+    assert run_command(["sh", "-c", 'echo "$SLURM_TIME_FORMAT"'], 5) == (0, "%s\n")
+    job = {"JobState": "RUNNING", "PreemptTime": f"{NOW:.0f}", "EndTime": f"{NOW + 20:.0f}"}
+    notice = read_notice(job, now=NOW, lead_time_s=120, restarts=1, kill_wait_s=lambda: 30.0)
+    assert (notice.cause, notice.deadline) == (ExitReason.PREEMPTED, NOW + 20)
+
+
 def test_without_a_time_limit_the_grace_is_the_partitions() -> None:
     job = {"JobState": "RUNNING", "PreemptTime": stamp(0), "EndTime": "Unknown"}
 
