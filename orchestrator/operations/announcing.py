@@ -17,9 +17,8 @@ from typing import Any
 
 from orchestrator.backends.base import JobStatus
 from orchestrator.errors import OrchError, RegistryError
-from orchestrator.operations.record import Record, agent_plan, load_record
+from orchestrator.operations.record import Record, agent_plan, is_ours, load_record
 from orchestrator.operations.state import Standing, resolve
-from orchestrator.paths import RunPaths
 from orchestrator.registry.submissions import SHOWN_LATE_S
 
 _log = logging.getLogger(__name__)
@@ -49,7 +48,7 @@ def _unsaid(record: Record, standing: Standing, job: JobStatus | None, now: floa
     wanted = _wanted(record)
     if standing.state.value not in wanted or paths.notified(job_id, standing.state.value).exists():
         return None
-    if not _ours(paths):
+    if not is_ours(paths) or not os.access(paths.run_dir, os.W_OK):
         return None
     try:  # it may have ended, with a word, between the look at its files and the question to the scheduler
         again = load_record(paths)
@@ -65,18 +64,6 @@ def _unsaid(record: Record, standing: Standing, job: JobStatus | None, now: floa
         "message": standing.message,
         "attempt": record.last_attempt,
     }
-
-
-def _ours(paths: RunPaths) -> bool:
-    """The plan names a program, which runs as whoever looks: root, or a colleague who may write here, must not run it.
-
-    Both, since in a directory that others may write to, the plan can be theirs.
-    """
-    try:
-        owners = {paths.run_dir.stat().st_uid, paths.agent_plan.stat().st_uid}
-    except OSError:  # removed since, or not for us to see
-        return False
-    return owners == {os.geteuid()} and os.access(paths.run_dir, os.W_OK)
 
 
 def _nobody_said(record: Record, standing: Standing) -> bool:

@@ -14,7 +14,7 @@ from orchestrator.errors import BackendError, OrchError, RefusedError, Scheduler
 from orchestrator.files import write_json
 from orchestrator.operations.dependencies import upstreams_first
 from orchestrator.operations.describe import OpenBackend, announce_ends, ask_schedulers, records_of, stand
-from orchestrator.operations.record import Record, agent_plan, load_record
+from orchestrator.operations.record import Record, agent_plan, is_ours, load_record
 from orchestrator.operations.results import Cancelled, Signalled, Submitted
 from orchestrator.operations.roots import find_run, known_roots
 from orchestrator.operations.state import Standing
@@ -229,13 +229,21 @@ def _changed_spec(
     return changed
 
 
+def _must_be_ours(paths: RunPaths) -> None:
+    if not is_ours(paths):
+        raise RefusedError(
+            f"{paths.run_dir.name} belongs to somebody else, and would run under your name",
+            hint=f"if that is meant:  orch resume {paths.run_dir}",
+        )
+
+
 def resume_all(
     *,
     root: str | Path | None = None,
     environ: Mapping[str, str] = os.environ,
     open_backend: OpenBackend = open_backend,
 ) -> tuple[list[Submitted], dict[str, OrchError]]:
-    """Resume every run that waits for it (`needs_resume`) under the root, or under all known roots.
+    """Resume every run of this user that waits for it (`needs_resume`) under the root, or under all known roots.
 
     One run that cannot be resumed does not stop the others: its error is in the second result.
     """
@@ -248,6 +256,7 @@ def resume_all(
     waiting = [record.paths for record in records if stand(record, asked).state is JobState.NEEDS_RESUME]
     for paths in upstreams_first(waiting):
         try:
+            _must_be_ours(paths)
             done.append(resume(str(paths.run_dir), environ=environ, open_backend=open_backend))
         except OrchError as error:
             problems[paths.run_dir.name] = error

@@ -100,6 +100,17 @@ class Record:
         return next((event for event in reversed(self.events) if event.get("event") == kind), None)
 
 
+def is_ours(paths: RunPaths) -> bool:
+    """Whether nobody else wrote what a run starts: root, or a colleague who may write here, must not run it unasked.
+
+    Both are looked at, since in a directory that others may write to, the plan can be theirs.
+    """
+    try:
+        return {paths.run_dir.stat().st_uid, paths.agent_plan.stat().st_uid} == {os.geteuid()}
+    except OSError:  # removed since, or not for us to see
+        return False
+
+
 def load_record(paths: RunPaths, *, now: float | None = None) -> Record:
     """Read one run directory. Raises RegistryError when a file is there and cannot be read."""
     now = time.time() if now is None else now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,3 +83,18 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setenv("ORCH_SITE_CONFIG", "")
     environ: Mapping[str, str] = {"ORCH_STATE_DIR": state, "HOME": str(tmp_path), "TOKEN": "s3cret-value"}
     return World(folder, folder / "spec.yaml", root, environ=dict(environ))
+
+
+def owned_by_another(theirs: Path, patch: pytest.MonkeyPatch) -> None:
+    """Let a file look as if another user had written it."""
+    real = os.stat
+
+    def stat(path: object, **options: bool) -> os.stat_result:
+        found = real(path, **options)  # type: ignore[call-overload]
+        if path != theirs:
+            return found
+        fields = list(found)
+        fields[4] += 1  # st_uid
+        return os.stat_result(fields)
+
+    patch.setattr(os, "stat", stat)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,7 +15,7 @@ from orchestrator.files import read_json
 from orchestrator.registry import EventLog
 from orchestrator.states import JobState
 from tests.polling import poll
-from tests.unit.operations.conftest import World
+from tests.unit.operations.conftest import World, owned_by_another
 
 TELL = "import os,sys; open(sys.argv[1], 'a').write(os.environ['ORCH_STATE'] + ' ' + os.environ['ORCH_RUN_ID'] + '\\n')"
 
@@ -129,19 +128,8 @@ def test_a_command_that_somebody_else_wrote_down_is_not_run(
 ) -> None:
     """Root and colleagues with write access look at runs, too; what those would start is not theirs."""
     run = lost(world)
-    theirs = getattr(world.paths(run), whose)
-    real = os.stat
-
-    def stat(path: object, **options: bool) -> os.stat_result:
-        found = real(path, **options)  # type: ignore[arg-type]
-        if isinstance(path, Path) and path == theirs:
-            fields = list(found)
-            fields[4] += 1  # st_uid
-            return os.stat_result(fields)
-        return found
-
     with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", stat)
+        owned_by_another(getattr(world.paths(run), whose), patch)
         assert world.status(run).state is JobState.LOST
     assert list(world.paths(run).run_dir.glob("notified*")) == []
     assert world.status(run).state is JobState.LOST

@@ -17,7 +17,7 @@ from orchestrator.operations.drill import watch_drill
 from orchestrator.registry import EventLog, read_events
 from orchestrator.states import JobState
 from tests.fakes.backend import FakeAgent
-from tests.unit.operations.conftest import World
+from tests.unit.operations.conftest import World, owned_by_another
 
 ENDED = SchedulerState.ENDED
 
@@ -251,6 +251,16 @@ def test_resume_all_takes_those_that_wait_and_no_others(world: World) -> None:
     done, problems = operations.resume_all(root=world.root, environ=world.environ, open_backend=world.backend.open)
     assert [result.run_id for result in done] == [waiting]
     assert problems == {}
+
+
+@pytest.mark.parametrize("whose", ["run_dir", "agent_plan"])
+def test_resume_all_starts_nobody_elses_program(world: World, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root's cron job, or a colleague's, looks at the same root."""
+    waiting = world.ended("needs_resume", "preempted")
+    owned_by_another(getattr(world.paths(waiting), whose), monkeypatch)
+    done, problems = operations.resume_all(root=world.root, environ=world.environ, open_backend=world.backend.open)
+    assert done == []
+    assert "belongs to somebody else" in problems[waiting].message
 
 
 def test_resume_all_goes_on_after_a_failure(world: World) -> None:
