@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -39,7 +40,8 @@ class NodeDirectory:
     def __init__(self, root: Path, name: str) -> None:
         self.path = root / name
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if root.stat().st_uid != os.getuid() or root.is_symlink():
+        about = root.lstat()  # one look: between two, a link could be put in the place of a directory
+        if about.st_uid != os.getuid() or not stat.S_ISDIR(about.st_mode):
             raise PermissionError(f"{root} belongs to somebody else")
         with _alone(root):
             sweep(root)

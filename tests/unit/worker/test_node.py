@@ -54,6 +54,18 @@ def test_somebody_else_s_directory_is_not_used(tmp_path: Path) -> None:
         NodeDirectory(tmp_path / "orch", "run")
 
 
+def test_a_link_that_takes_a_directory_s_place_while_we_look_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user of /dev/shm can swap the two between two looks."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "orch").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.setattr(Path, "is_symlink", lambda self: False)
+    with pytest.raises(PermissionError):
+        NodeDirectory(tmp_path / "orch", "run.0")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_the_place_can_be_chosen(tmp_path: Path) -> None:
     assert node_root({"ORCH_NODE_DIR": str(tmp_path)}).parent == tmp_path
     assert node_root({}).name == f"orch-{os.getuid()}"
