@@ -107,10 +107,11 @@ class LocalScheduler:
         return local_pid(job_id) is not None
 
 
-RUNNING = frozenset({"RUNNING", "SIGNALING", "RESIZING"})
-"""What scontrol calls a job that runs: SIGNALING replaces RUNNING while a signal is on its way (22.05, measured)."""
+RUNNING = frozenset({"RUNNING", "SIGNALING", "RESIZING", "SUSPENDED", "STOPPED"})
+"""What scontrol calls a job that runs: SIGNALING replaces RUNNING while a signal is on its way (22.05, measured). One
+that is suspended has not ended either, and was cancelled by nobody."""
 
-_HELD = RUNNING | {"PENDING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "REQUEUED", "REQUEUE_HOLD"}
+_HELD = RUNNING | {"PENDING", "CONFIGURING", "COMPLETING", "REQUEUED", "REQUEUE_HOLD"}
 
 Runner = Callable[[Sequence[str], float], "tuple[int, str]"]
 

@@ -24,6 +24,8 @@ def stamp(seconds: float) -> str:
     [
         ({"JobState": "RUNNING", "PreemptTime": stamp(0), "EndTime": stamp(20)}, ExitReason.PREEMPTED, 20),
         ({"JobState": "SIGNALING", "PreemptTime": stamp(0), "EndTime": stamp(20)}, ExitReason.PREEMPTED, 20),
+        ({"JobState": "SUSPENDED", "PreemptTime": "None", "EndTime": stamp(9999)}, ExitReason.PREEMPTED, 120),
+        ({"JobState": "STOPPED", "PreemptTime": stamp(0), "EndTime": stamp(20)}, ExitReason.PREEMPTED, 20),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": stamp(110)}, ExitReason.TIME_LIMIT, 110),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": stamp(9999)}, ExitReason.PREEMPTED, 120),
         ({"JobState": "RUNNING", "PreemptTime": "None", "EndTime": "Unknown"}, ExitReason.PREEMPTED, 120),
