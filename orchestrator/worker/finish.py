@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -163,11 +162,12 @@ class AttemptBook:
         )
 
     def _progress(self, attempt: int) -> int | None:
-        with contextlib.suppress(FileNotFoundError):  # it made no step
+        try:
             progress = read_json(self.paths.progress)
-            if progress["attempt"] == attempt:
-                return int(progress["step"])
-        return None
+        except (OSError, RegistryError):  # it made no step; and progress is for people: no attempt stays open over it
+            return None
+        mine = isinstance(progress, dict) and progress.get("attempt") == attempt
+        return progress["step"] if mine and isinstance(progress.get("step"), int) else None
 
     # --- what was found
     def _evidence(self, attempt: int, scheduler: Scheduler) -> Evidence:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -34,6 +35,7 @@ _PEER_GRACE_S = 10.0  # for the ranks here to say themselves why they failed
 _DEADLINE_SLACK_S = 3.0  # PID 1 ends what is left so long after the deadline …
 _KILL_SLACK_S = 8.0  # … and the agent ends PID 1
 _FIRST_DEADLINE_S = 20.0  # until the scheduler has told the true one; the shortest grace in common use
+_TERMINAL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?)")  # CSI and OSC sequences (ECMA-48)
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -406,6 +408,11 @@ def run_node(agent: NodeAgent) -> int:
     return code
 
 
+def _plain(line: str) -> str:
+    """Without what a terminal would obey: colours, cursor movements, titles."""
+    return "".join(char for char in _TERMINAL.sub("", line) if char.isprintable())
+
+
 def last_words(paths: RunPaths, place: Place) -> str:
     """The last line a program of this node printed: where it died without a verdict that is the best there is."""
     logs = [path for path in paths.logs(place.attempt).glob("rank-*.log") if path.stat().st_size > 0]
@@ -417,4 +424,4 @@ def last_words(paths: RunPaths, place: Place) -> str:
     with newest.open("rb") as log:
         log.seek(max(0, newest.stat().st_size - 4096))
         lines = [line.strip() for line in log.read().decode(errors="replace").splitlines() if line.strip()]
-    return f"; {newest.name} ends with: {lines[-1][:300]}" if lines else ""
+    return f"; {newest.name} ends with: {_plain(lines[-1])[:300]}" if lines else ""

@@ -80,6 +80,17 @@ def test_an_engine_that_fails_after_the_end_does_not_change_the_end(tmp_path: Pa
     assert actions == ["cannot remove container 0123"]
 
 
+def test_a_program_s_last_words_command_no_terminal(tmp_path: Path) -> None:
+    """They are quoted by `orch status` and in mails; the log keeps them as they were printed."""
+    agent = make_agent(tmp_path, 3)
+    log = agent.paths.node_log(0, 0)
+    log.parent.mkdir(parents=True)
+    log.write_text("\x1b]0;owned\x07\x1b[31mValueError: \x1b[0mno [1m\x1b]52;c;Y3VybA==\x1b\\ größe\x9b2J\x08\n")
+    run_node(agent)
+    (event,) = [event for event in read_events(agent.paths) if event["event"] == "verdict"]
+    assert event["message"].endswith("ends with: ValueError: no [1m größe2J")
+
+
 @pytest.fixture
 def restored_signals() -> Iterator[None]:
     stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)

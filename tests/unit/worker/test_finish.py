@@ -147,6 +147,13 @@ def test_a_verdict_of_another_version_of_the_library_is_understood(run: Run) -> 
     assert (decision.state, decision.reason) == (JobState.FAILED, ExitReason.FAILURE)
 
 
+@pytest.mark.parametrize("damage", ["", "[]", '{"attempt": 0, "step": null}'])
+def test_a_damaged_progress_file_keeps_no_attempt_open(run: Run, damage: str) -> None:
+    run.ended(outcome="unsaved")
+    run.paths.progress.write_text(damage)
+    assert run.book.close(0, run.scheduler).requeue
+
+
 class NoRuntime:
     """A node where nothing may start."""
 
