@@ -48,32 +48,43 @@ class Rows:
         self.kept = state["rows"]
 
 
-def main(epochs: int) -> None:
-    session = Session.start(agree=agree)
-    torch.manual_seed(SEED)
-    net = nn.Sequential(
+def network() -> nn.Module:
+    return nn.Sequential(
         nn.Linear(WIDTH, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.2), nn.Linear(256, 256), nn.ReLU(),
         nn.Linear(256, WIDTH),
     )  # fmt: skip
+
+
+def loader_of(sampler: ExactBatchSampler) -> torch.utils.data.DataLoader[torch.Tensor]:
+    return torch.utils.data.DataLoader(
+        SeededDataset(Noisy(), seed=SEED), batch_sampler=sampler, persistent_workers=True, **exact_loader_options(1)
+    )
+
+
+def wait_for(session: Session, name: str) -> None:
+    """Until the file is there, or the run is to stop."""
+    while not (session.run_dir / name).exists() and not session.stop_requested:
+        time.sleep(0.01)
+
+
+def hold_back(session: Session, *, made: int) -> None:
+    """Slow down, and stand still once this attempt has made its steps."""
+    if not (session.run_dir / "unbound").exists():
+        time.sleep(PACE_S)
+        if made >= PER_ATTEMPT:
+            wait_for(session, "unbound")
+
+
+def main(epochs: int) -> None:
+    session = Session.start(agree=agree)
+    torch.manual_seed(SEED)
+    net = network()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     sampler = ExactBatchSampler(SIZE, BATCH, seed=SEED)
     max_steps = epochs * len(sampler)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max_steps)
-    loader = torch.utils.data.DataLoader(
-        SeededDataset(Noisy(), seed=SEED), batch_sampler=sampler, persistent_workers=True, **exact_loader_options(1)
-    )
+    loader = loader_of(sampler)
     rows = Rows()
-
-    def until(name: str) -> None:
-        while not (session.run_dir / name).exists() and not session.stop_requested:
-            time.sleep(0.01)
-
-    def hold_back() -> None:
-        if not (session.run_dir / "unbound").exists():
-            time.sleep(PACE_S)
-            if loop.step - first >= PER_ATTEMPT:
-                until("unbound")
-
     with session.guard():
         parts = {"net": net, "optimizer": optimizer, "schedule": schedule, "rows": rows}
         loop = ResumableLoop(session, parts, max_steps=max_steps)
@@ -83,7 +94,7 @@ def main(epochs: int) -> None:
         for epoch in range(loop.epoch, epochs):
             sampler.seek(epoch, loop.batch)
             for batch_idx, batch in enumerate(loader, start=loop.batch):
-                hold_back()
+                hold_back(session, made=loop.step - first)
                 seed_step(SEED, epoch=epoch, batch=batch_idx, rank=session.rank)
                 loss = (net(batch) - batch).square().mean()
                 optimizer.zero_grad()
@@ -95,7 +106,7 @@ def main(epochs: int) -> None:
                 loop.step_done()
             loop.epoch_done()
         (session.run_dir / "ending").write_text(str(session.attempt))
-        until("may_end")
+        wait_for(session, "may_end")
         if session.stop_requested:
             session.stopped(step=loop.step, epoch=loop.epoch)
         export = session.run_dir / "final.pt"
