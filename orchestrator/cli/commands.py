@@ -321,13 +321,15 @@ def _verify(drill: Signalled, limit_s: float, as_json: bool) -> None:
 
 def shell(run: str, root: Path | None, *, rank: int, command: Sequence[str]) -> None:
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    door = operations.door(run, rank=rank, command=command, terminal=terminal, root=root)
+    beside = operations.shell(run, rank=rank, command=command, terminal=terminal, root=root)
     if terminal:
-        where = f"container {door.container[:12]} on {door.node}" if door.container is not None else door.node
+        where = f"container {beside.container[:12]} on {beside.node}" if beside.container is not None else beside.node
         print(
-            f"rank {door.rank} of {door.run_id}, {where}; `exit` leaves, the job goes on", file=sys.stderr, flush=True
+            f"rank {beside.rank} of {beside.run_id}, {where}; `exit` leaves, the job goes on",
+            file=sys.stderr,
+            flush=True,
         )
-    raise typer.Exit(operations.enter(door))
+    raise typer.Exit(operations.open_shell(beside))
 
 
 _MIN_INTERVAL_S = 0.5

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orchestrator.operations.attach import door, enter, top
+    from orchestrator.operations.attach import open_shell, shell, top
     from orchestrator.operations.checkup.examine import doctor
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestrator.operations.waiting import wait
 
 _HOMES = {
-    "attach": ("door", "enter", "top"),
+    "attach": ("open_shell", "shell", "top"),
     "checkup.examine": ("doctor",),
     "control": ("cancel", "preempt", "resume", "resume_all"),
     "images": ("lock_image",),
@@ -38,15 +38,15 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "cancel",
     "doctor",
-    "door",
-    "enter",
     "lock_image",
     "logs",
+    "open_shell",
     "plan_of",
     "preempt",
     "ps",
     "resume",
     "resume_all",
+    "shell",
     "status",
     "submit",
     "top",

@@ -67,7 +67,7 @@ def _job(run: str, root: str | Path | None, open_backend: OpenBackend, verb: str
 
 # --- shell ------------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
-class Door:
+class Shell:
     """Where a shell will open, and the command that opens it."""
 
     run_id: str
@@ -77,7 +77,7 @@ class Door:
     command: Command
 
 
-def door(
+def shell(
     run: str,
     *,
     rank: int = 0,
@@ -85,7 +85,7 @@ def door(
     terminal: bool = False,
     root: str | Path | None = None,
     open_backend: OpenBackend = open_backend,
-) -> Door:
+) -> Shell:
     """Find the node of a rank, and what runs a command (or a shell) there, in its container if it has one.
 
     Raises BackendError when the run or that rank is not running.
@@ -97,8 +97,8 @@ def door(
     if container is not None:
         _needs_program(job)
     arguments = [str(rank) if ranked else "-", container or "-", *command]
-    opened = job.beside("enter", *arguments, nodes=[node], terminal=terminal)
-    return Door(job.record.run_id, rank, node, container, opened)
+    beside = job.beside("enter", *arguments, nodes=[node], terminal=terminal)
+    return Shell(job.record.run_id, rank, node, container, beside)
 
 
 def _node_of(job: _Job, rank: int) -> str:
@@ -139,18 +139,18 @@ def _needs_program(job: _Job) -> None:
         )
 
 
-def enter(opened: Door) -> int:
+def open_shell(shell: Shell) -> int:
     """Run the command with our own standard streams; its exit code. Blocks as long as the person stays."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the shell, not for us
     try:
         return subprocess.run(
-            opened.command.argv,
-            env=dict(opened.command.environ),
+            shell.command.argv,
+            env=dict(shell.command.environ),
             check=False,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         ).returncode
     except FileNotFoundError:
-        raise _no_program(opened.command) from None
+        raise _no_program(shell.command) from None
     finally:
         signal.signal(signal.SIGINT, before)
 

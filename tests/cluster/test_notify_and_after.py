@@ -131,6 +131,15 @@ def finished_at(orch: Orch, run: str) -> float:
     return float(next(event["time"] for event in orch.events(run, "finished") if event["state"] == "completed"))
 
 
+def assert_begins_after(orch: Orch, run: str, other: str) -> None:
+    """It begins once the other is completed, and its first attempt is attempt 0. Ends it."""
+    orch.wait_for_step(run, 3)
+    assert orch.events(run, "attempt_started")[0]["time"] > finished_at(orch, other)
+    end(orch, run)
+    orch.wait_for_state(run, "completed", timeout=60)
+    assert [record["attempt"] for record in orch.attempts(run)] == [0]
+
+
 # --- notify
 @pytest.mark.parametrize("backend", ["slurm", "local"])
 def test_a_requeue_is_not_told_and_the_end_is_told_once(told: Told, orch: Orch, backend: str) -> None:
@@ -239,11 +248,7 @@ def test_b_starts_when_a_is_completed_although_a_was_requeued_in_between(orch: O
     orch.wait_for_step(a, orch.step(a) + 3, attempt=1)
     assert said(orch, b) == []
     end(orch, a, attempt=1)
-    orch.wait_for_step(b, 3)
-    assert orch.events(b, "attempt_started")[0]["time"] > finished_at(orch, a)
-    end(orch, b)
-    orch.wait_for_state(b, "completed", timeout=60)
-    assert [record["attempt"] for record in orch.attempts(b)] == [0]
+    assert_begins_after(orch, b, a)
 
 
 # Ends with the code in the file `end` of its run directory.
@@ -279,11 +284,7 @@ def test_b_does_not_start_after_a_has_ended_otherwise_and_both_go_on_after_a_res
     orch.wait_for_state(a, "running", timeout=60)
     assert orch.status(b)["state"] == "queued"
     (orch.run_dir(a) / "end").write_text("0")
-    orch.wait_for_step(b, 3)
-    assert orch.events(b, "attempt_started")[0]["time"] > finished_at(orch, a)
-    end(orch, b)
-    orch.wait_for_state(b, "completed", timeout=60)
-    assert [record["attempt"] for record in orch.attempts(b)] == [0]
+    assert_begins_after(orch, b, a)
 
 
 def test_a_waiting_local_run_can_be_cancelled(orch: Orch) -> None:
@@ -315,11 +316,7 @@ def test_b_waits_again_for_an_a_that_was_resumed_under_another_job_id(orch: Orch
     cluster.wait("b to wait", lambda: orch.status(b)["state"] == "queued", timeout=60)
     assert f"afterany:{orch.status(a)['job_id']}(" in cluster.job(job)["Dependency"]
     end(orch, a, attempt=1)
-    orch.wait_for_step(b, 3)
-    assert orch.events(b, "attempt_started")[0]["time"] > finished_at(orch, a)
-    end(orch, b)
-    orch.wait_for_state(b, "completed", timeout=60)
-    assert [record["attempt"] for record in orch.attempts(b)] == [0]
+    assert_begins_after(orch, b, a)
 
 
 def test_resume_all_resumes_a_before_b(orch: Orch) -> None:

@@ -97,12 +97,12 @@ def test_without_torchrun_a_rank_is_a_node(world: World) -> None:
     streaming(world, rank("n2", None), end("n2"), rank("n1", None), end("n1"))
     assert [(use.rank, use.node) for use in look(world, run).ranks] == [(0, "n1"), (1, "n2")]
     place = str(world.paths(run).run_dir)
-    door = operations.door(place, rank=1, command=["ls"], open_backend=world.backend.open)
-    assert (door.node, door.container) == ("n2", None)
+    beside = operations.shell(place, rank=1, command=["ls"], open_backend=world.backend.open)
+    assert (beside.node, beside.container) == ("n2", None)
     assert world.backend.steps[-1][0] == ("n2",)
     assert _argv(world)[-3:] == ("-", "-", "ls")
     with pytest.raises(BackendError, match="has no rank 2"):
-        operations.door(place, rank=2, open_backend=world.backend.open)
+        operations.shell(place, rank=2, open_backend=world.backend.open)
 
 
 def _argv(world: World) -> tuple[str, ...]:
@@ -113,10 +113,10 @@ def test_the_nodes_are_asked_where_a_rank_is(world: World) -> None:
     run = on_two_nodes(world)
     streaming(world, rank("n2", 0), end("n2"), rank("n1", 1), end("n1"))
     place = str(world.paths(run).run_dir)
-    assert operations.door(place, rank=0, open_backend=world.backend.open).node == "n2"
+    assert operations.shell(place, rank=0, open_backend=world.backend.open).node == "n2"
     assert _argv(world)[-2:] == ("0", "-")
     with pytest.raises(BackendError, match="has no rank 5 now"):
-        operations.door(place, rank=5, open_backend=world.backend.open)
+        operations.shell(place, rank=5, open_backend=world.backend.open)
 
 
 def test_the_container_is_that_of_the_newest_attempt_and_must_hold_our_program(world: World) -> None:
@@ -125,24 +125,24 @@ def test_the_container_is_that_of_the_newest_attempt_and_must_hold_our_program(w
     for container in ("old", "new"):
         EventLog(paths, "agent-n0").append("container_started", node="n1", runtime="docker", container=container)
     place = str(paths.run_dir)
-    opened = operations.door(place, command=["ls", "-l"], open_backend=world.backend.open)
+    opened = operations.shell(place, command=["ls", "-l"], open_backend=world.backend.open)
     assert opened.container == "new"
     assert _argv(world)[-4:] == ("0", "new", "ls", "-l")
     (Path(read_json(paths.agent_plan)["library_dir"]) / "orchestrator" / "worker" / "ranks.py").unlink()
     with pytest.raises(BackendError, match="could not open shells in containers"):
-        operations.door(place, open_backend=world.backend.open)
+        operations.shell(place, open_backend=world.backend.open)
 
 
 def test_the_exit_code_of_the_command_is_ours(world: World) -> None:
     run, _ = world.running()
     world.backend.step = ("sh", "-c", "exit 7")
-    assert operations.enter(operations.door(str(world.paths(run).run_dir), open_backend=world.backend.open)) == 7
+    assert operations.open_shell(operations.shell(str(world.paths(run).run_dir), open_backend=world.backend.open)) == 7
 
 
 def test_a_run_that_is_not_running_has_no_inside(world: World) -> None:
     place = str(world.submit().run_dir)
     with pytest.raises(BackendError, match="queued, not running") as caught:
-        operations.door(place, open_backend=world.backend.open)
+        operations.shell(place, open_backend=world.backend.open)
     assert caught.value.hint is not None
     assert "`orch shell` needs a running job" in caught.value.hint
     with pytest.raises(BackendError, match="queued, not running"):
