@@ -113,7 +113,9 @@ class AttemptBook:
     def _requeue(self, sidecar: SidecarWriter, decision: Decision, attempt: int, scheduler: Scheduler) -> Decision:
         # The tombstone may have come since the evidence was read; a later one is seen by the next attempt.
         cancelled = self.paths.tombstone.exists()
-        answer = Requeued(ok=False, cancelled=True) if cancelled else scheduler.requeue(decision.delay_s)
+        answer = Requeued(ok=False, cancelled=True)
+        if not cancelled:
+            answer = scheduler.requeue(decision.delay_s, self._grace_end(attempt))
         if answer.ok:
             reason = decision.reason.value
             self.events.append("requeued", attempt=attempt, exit_reason=reason, delay_s=decision.delay_s)
@@ -127,6 +129,11 @@ class AttemptBook:
         refused = Decision(False, JobState.NEEDS_RESUME, decision.reason, message)
         self._write(sidecar, refused)
         return self._announce(refused, attempt)
+
+    def _grace_end(self, attempt: int) -> float | None:
+        """Until when a preempted job might go on, as its agents were told."""
+        notices = (e for e in read_events(self.paths) if e["event"] == "signalled" and e.get("attempt") == attempt)
+        return max((float(e["grace_end"]) for e in notices if e.get("grace_end") is not None), default=None)
 
     def _write(self, sidecar: SidecarWriter, decision: Decision) -> None:
         if decision.state.terminal:

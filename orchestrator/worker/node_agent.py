@@ -178,6 +178,7 @@ class NodeAgent:
             deadline=deadline,
             at=told,
             scheduler=answer.words,
+            grace_end=answer.grace_end,
         )
 
     def _stop_hung(self, directory: NodeDirectory, step: int | None) -> None:

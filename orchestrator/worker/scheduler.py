@@ -18,6 +18,7 @@ _QUESTION_S = 5.0
 _PATIENCE_S = 60.0  # at the end of an attempt: slurmctld may be restarting, and nothing is left to be lost meanwhile
 _PAUSE_S = 2.0
 _DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5)
+_GRACE_SLACK_S = 2.0  # Slurm counts whole seconds
 _RESERVE_S = 2.0  # kept back from KillWait for PID 1, the agent and the batch script
 
 
@@ -28,6 +29,7 @@ class Notice:
     cause: ExitReason | None
     deadline: float
     words: str = ""  # what the scheduler said, for the record
+    grace_end: float | None = None  # when a preempted job will be ended, by the scheduler's own clock
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,11 @@ class Scheduler(Protocol):
         `noticed`: a stop signal came, but nobody could say why.
         """
 
-    def requeue(self, delay_s: float = 0.0) -> Requeued:
-        """Ask for another attempt, to begin after `delay_s`. Called once, after everything is saved and written."""
+    def requeue(self, delay_s: float = 0.0, grace_end: float | None = None) -> Requeued:
+        """Ask for another attempt, to begin after `delay_s`. Called once, after everything is saved and written.
+
+        `grace_end`: as the notice had it.
+        """
 
     def holds(self, job_id: str) -> bool | None:
         """Whether another job is still queued or running; None when nobody could say."""
@@ -98,7 +103,7 @@ class LocalScheduler:
         """A signal is a preemption; nobody else ends a local attempt."""
         return ExitReason.PREEMPTED if noticed else None
 
-    def requeue(self, delay_s: float = 0.0) -> Requeued:
+    def requeue(self, delay_s: float = 0.0, grace_end: float | None = None) -> Requeued:
         """The caller loops, and pauses."""
         return Requeued(ok=True)
 
@@ -203,7 +208,11 @@ class SlurmScheduler:
             grace_s=lambda: self.grace_s(job.get("Partition", "")),
         )
         told = ("JobState", "Reason", "Restarts", "EndTime", "PreemptTime")
-        return replace(notice, words=" ".join(f"{key}={job[key]}" for key in told if key in job))
+        return replace(
+            notice,
+            words=" ".join(f"{key}={job[key]}" for key in told if key in job),
+            grace_end=_time(job.get("EndTime")) if _in_grace(job) else None,
+        )
 
     def why_ended(self, *, noticed: bool, lead_time_s: float) -> ExitReason | None:
         """What Slurm says at the end: a job that still runs was ended by its program."""
@@ -245,7 +254,7 @@ class SlurmScheduler:
         code, output = self._run(["scontrol", "show", "node", "-o", name], _QUESTION_S)
         return parse_fields(output).get("NodeAddr", name) if code == 0 else name
 
-    def requeue(self, delay_s: float = 0.0) -> Requeued:
+    def requeue(self, delay_s: float = 0.0, grace_end: float | None = None) -> Requeued:
         """`scontrol requeue`; that Slurm was faster counts as success.
 
         A second look comes first: after a scancel the request would bring the job back to life, and after Slurm's own
@@ -254,7 +263,8 @@ class SlurmScheduler:
         job = self.show_job(_PATIENCE_S)
         if job is not None and int(job.get("Restarts", "0")) > self.restart_count:
             return Requeued(ok=True)
-        if job is not None and _cause_of(job, self.restart_count) is ExitReason.CANCELLED:
+        cause = None if job is None else _cause_of(job, self.restart_count)
+        if job is not None and (cause is ExitReason.CANCELLED or _cut_short(job, grace_end)):
             return Requeued(ok=False, message="the job was cancelled", cancelled=True)
         code, output = self._ask(["scontrol", "requeue", self.job_id], 0.0 if job is None else _PATIENCE_S)
         words = output.strip()
@@ -310,6 +320,16 @@ def read_notice(
     if state == "OUT_OF_MEMORY":
         return Notice(ExitReason.OUT_OF_MEMORY, deadline)
     return Notice(ExitReason.CANCELLED, deadline)
+
+
+def _in_grace(job: Mapping[str, str]) -> bool:
+    return job.get("JobState") in RUNNING and _time(job.get("PreemptTime")) is not None
+
+
+def _cut_short(job: Mapping[str, str], grace_end: float | None) -> bool:
+    """Whether a preempted job ended within its grace: Slurm waits for the end of it, a person's scancel does not."""
+    end = _time(job.get("EndTime")) if job.get("JobState") in ("COMPLETING", "CANCELLED") else None
+    return end is not None and grace_end is not None and end < grace_end - _GRACE_SLACK_S
 
 
 def _cause_of(job: Mapping[str, str], restarts: int) -> ExitReason | None:

@@ -90,7 +90,7 @@ def test_a_cancellation_after_the_evidence_was_read_is_not_undone(run: Run) -> N
     run.ended(outcome="saved", step=7, message="")
 
     class CancelledMeanwhile(LocalScheduler):
-        def requeue(self, delay_s: float = 0.0) -> Requeued:
+        def requeue(self, delay_s: float = 0.0, grace_end: float | None = None) -> Requeued:
             return Requeued(ok=False, cancelled=True)
 
     decision = run.book.close(0, CancelledMeanwhile("1.2", run.paths.tombstone))
@@ -102,6 +102,14 @@ def test_a_cancellation_after_the_evidence_was_read_is_not_undone(run: Run) -> N
 def test_scancel_after_the_notice_is_not_undone(run: Run) -> None:
     run.ended(outcome="saved", step=7, message="")
     scheduler, asked = slurm("JobState=COMPLETING Restarts=0 Reason=None")
+    assert run.book.close(0, scheduler).state is JobState.CANCELLED
+    assert "requeue" not in asked
+
+
+def test_scancel_within_the_grace_of_a_preemption_is_not_undone(run: Run) -> None:
+    run.ended(outcome="saved", step=7, message="")
+    EventLog(run.paths, "agent-n1").append("signalled", attempt=0, cause="preempted", grace_end=2020.0)
+    scheduler, asked = slurm("JobState=COMPLETING Restarts=0 Reason=None PreemptTime=2000 EndTime=2005")
     assert run.book.close(0, scheduler).state is JobState.CANCELLED
     assert "requeue" not in asked
 

@@ -116,6 +116,21 @@ def test_a_requeue_is_not_asked_for_when_it_would_undo_or_end_something(job: str
     assert (done.ok, done.cancelled) == (ok, cancelled)
 
 
+@pytest.mark.parametrize(
+    ("ended", "cancelled"),
+    [(5, True), (20, False), (19, False)],  # seconds after the preemption; the grace is 20 s
+)
+def test_a_scancel_within_the_grace_of_a_preemption_is_not_undone(ended: int, cancelled: bool) -> None:
+    """Slurm says the same of a job that it has ended itself (PreemptMode=CANCEL), but for the time (measured)."""
+    told = answers(
+        show=(0, f"JobId=7 JobState=RUNNING Restarts=0 PreemptTime={NOW:.0f} EndTime={NOW + 20:.0f}"),
+        config=(0, "KillWait = 5"),
+    ).why(120)
+    job = f"JobId=7 JobState=COMPLETING Reason=None Restarts=0 PreemptTime={NOW:.0f} EndTime={NOW + ended:.0f}"
+    done = answers(show=(0, job), requeue=(0, "")).requeue(grace_end=told.grace_end)
+    assert (done.ok, done.cancelled) == (not cancelled, cancelled)
+
+
 def test_a_requeue_without_a_notice_is_a_lost_node() -> None:
     """srun ends with `Node failure on n1` while everything on that node may run on."""
     scheduler = answers(show=(0, "JobId=7 JobState=PENDING Restarts=1 Reason=BeginTime"), config=(0, "KillWait = 5"))
