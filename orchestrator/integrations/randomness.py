@@ -7,6 +7,7 @@ values side by side would make different keys draw the same numbers.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing.context
 import random
 import signal
 import sys
@@ -71,11 +72,30 @@ class SeededDataset(torch.utils.data.Dataset[Item], Generic[Item]):
         return self.dataset[index]
 
 
+_STOP_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
+
+
 def ignore_stop_signals(_worker_id: int, signals: Sequence[signal.Signals] = ()) -> None:
     """`worker_init_fn` of a DataLoader: a signal sent to the whole process group must not kill the workers, because the
     main process would then fail instead of saving."""
-    for number in signals or (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+    for number in signals or _STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)  # what came while it was born is dropped
+
+
+class _DeafWorker(multiprocessing.context.ForkProcess):
+    """Is born with the stop signals blocked: torch gives a worker back its default SIGTERM before `worker_init_fn`."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _DeafWorkers(multiprocessing.context.ForkContext):
+    Process = _DeafWorker
 
 
 def loader_generator() -> torch.Generator:
@@ -88,5 +108,6 @@ def exact_loader_options(num_workers: int) -> dict[str, Any]:
     return {
         "num_workers": num_workers,
         "worker_init_fn": ignore_stop_signals,
+        "multiprocessing_context": _DeafWorkers() if num_workers else None,
         "generator": loader_generator(),
     }

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 import signal
 
@@ -9,6 +10,7 @@ import torch
 from orchestrator.integrations.randomness import (
     SeededDataset,
     derive_key,
+    exact_loader_options,
     ignore_stop_signals,
     seed_step,
 )
@@ -106,3 +108,19 @@ def test_batches_that_cannot_be_formed_are_refused(size: int, batch: int, messag
 def test_rank_and_world_size_come_from_torchrun() -> None:
     sampler = ExactBatchSampler(8, 4, seed=0, environ={"RANK": "1", "WORLD_SIZE": "2"})
     assert (sampler.rank, sampler.world_size, len(next(iter(sampler)))) == (1, 2, 2)
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_data_worker_survives_a_signal_at_its_birth(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm's SIGTERM hits every process of a step, and workers are born at the start of every epoch."""
+    handling = torch.utils.data._utils.signal_handling
+    set_handlers = handling._set_worker_signal_handlers
+
+    def told_too_early() -> None:
+        set_handlers()
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(handling, "_set_worker_signal_handlers", told_too_early)
+    loader = torch.utils.data.DataLoader(list(range(6)), batch_size=2, **exact_loader_options(2))  # type: ignore[arg-type]
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
