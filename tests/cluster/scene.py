@@ -40,10 +40,11 @@ class Stop:
     resume: tuple[str, ...] = ()  # options of `orch resume`
     begin_at: int = 5  # the step before which nothing happens; 0: the stop does not wait
     takeover: bool = False  # two attempts live at once for a while
-    elsewhere: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # reasons on another Slurm, by its version
+    or_else: tuple[str, ...] = ()  # reasons where Slurm itself does not always do the same; as many
 
-    def reasons_on(self, version: str) -> tuple[str, ...]:
-        return self.elsewhere.get(version, self.reasons)
+    def allows(self, reasons: tuple[str, ...]) -> bool:
+        """Whether these are the exit reasons to expect."""
+        return reasons in (self.reasons, self.or_else)
 
 
 class Scene:
@@ -132,14 +133,11 @@ class Scene:
     # --- what comes of it
     def settle(self) -> Any:
         """The status once the run works again in a new attempt, or has ended."""
-        if self.stop.state == "completed" and len(self.reasons()) > 1:
-            attempt = len(self.reasons()) - 1
+        if self.stop.state == "completed" and len(self.stop.reasons) > 1:
+            attempt = len(self.stop.reasons) - 1
             self.orch.wait_for_step(self.run, 1, attempt=attempt, timeout=300)
             return self.orch.status(self.run)
         return self.orch.wait_for_state(self.run, self.stop.state, timeout=300)
-
-    def reasons(self) -> tuple[str, ...]:
-        return self.stop.reasons_on(self.cluster.slurm_version)
 
     def finish(self) -> None:
         """Let the newest attempt work a little, then end the run and see that nothing is left of it."""

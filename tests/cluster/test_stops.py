@@ -268,7 +268,14 @@ TORCH = {"resources": {"mem": "2G", "time": "00:10:00"}}
 
 STOPS = (
     Stop("preemption, Slurm's defaults (GraceTime=20)", preempt, CAME_BACK),
-    Stop("preemption, preempt_send_user_signal with `B:` (ours)", preempt, CAME_BACK, settings=USER_SIGNAL),
+    Stop(
+        "preemption, preempt_send_user_signal with `B:` (ours)",
+        preempt,
+        CAME_BACK,
+        settings=USER_SIGNAL,
+        # Once in six runs on 24.11 Slurm sent nothing at the beginning of the grace; the notice at its end sufficed.
+        or_else=("requeued_by_admin", "completed"),
+    ),
     Stop(
         "preemption, preempt_send_user_signal without `B:`",
         preempt,
@@ -488,8 +495,10 @@ def test_stop(stop: Stop, runtime: str, orch: Orch, cluster: Cluster, surroundin
         status = orch.status(scene.run)
     scene.finish()
     reasons = tuple(attempt["exit_reason"] for attempt in orch.attempts(scene.run))
-    expected = scene.reasons() if state == "completed" else (*scene.reasons(), "completed")
-    assert reasons == expected, orch.story(scene.run)
+    if state != "completed":
+        assert reasons[-1] == "completed"
+        reasons = reasons[:-1]
+    assert stop.allows(reasons), orch.story(scene.run)
     lost = scene.steps_lost()
     assert lost <= stop.lost
     scene.assert_no_step_was_skipped()
