@@ -77,11 +77,6 @@ def orch_cancel(scene: Scene) -> None:
     scene.orch.json("cancel", scene.run)
 
 
-def scancel_in_the_queue(scene: Scene) -> None:
-    assert scene.orch.status(scene.run)["state"] == "queued"
-    scancel(scene)
-
-
 def kill_slurmd(scene: Scene) -> None:
     """Slurm gives the node up after SlurmdTimeout and starts the job elsewhere; here the old one works on."""
     (node,) = scene.orch.attempts(scene.run)[0]["nodes"]
