@@ -268,8 +268,9 @@ STOPS = (
         preempt,
         CAME_BACK,
         settings=USER_SIGNAL,
-        # Once in six runs on 24.11 Slurm sent nothing at the beginning of the grace; the notice at its end sufficed.
-        or_else=("requeued_by_admin", "completed"),
+        # Open: in one of five runs of it on 24.11 no notice reached us at the beginning of the grace. Whether Slurm
+        # sent one is not known: its log never says, and a bare script got 16 of 16. The one at the end sufficed.
+        also_seen={("24.11", "docker"): ("requeued_by_admin", "completed")},
     ),
     Stop(
         "preemption, preempt_send_user_signal without `B:`",
@@ -493,7 +494,7 @@ def test_stop(stop: Stop, runtime: str, orch: Orch, cluster: Cluster, surroundin
     if state != "completed":
         assert reasons[-1] == "completed"
         reasons = reasons[:-1]
-    assert stop.allows(reasons), orch.story(scene.run)
+    assert stop.allows(reasons, cluster.slurm_version, runtime), orch.story(scene.run)
     lost = scene.steps_lost()
     assert lost <= stop.lost
     scene.assert_no_step_was_skipped()
