@@ -11,6 +11,7 @@ program that was started beside a container run on when nobody is connected any 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import select
 import shutil
@@ -26,6 +27,7 @@ ATTACHED = "ORCH_ATTACHED"
 NOT_RUNNING = 3  # the exit code of BackendError, which images do not have
 _CANNOT_START, _NOT_FOUND = 126, 127
 _END_S = 2.0
+_PR_SET_CHILD_SUBREAPER = 36
 
 
 def program_in(library: str) -> str:
@@ -114,6 +116,8 @@ class Neighbour:
             signal.signal(signum, lambda *_: None)
         for signum in (signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(signum, signal.SIG_IGN)
+        if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")
 
     def _on_end(self, signum: int, frame: object) -> None:
         self.told = True
@@ -129,7 +133,7 @@ class Neighbour:
             while child.poll() is None and not self.told and self._leash_holds():
                 pass
         finally:
-            self.end_all()
+            self._end_all(child)
         code = child.wait()
         return code if code >= 0 else 128 - code
 
@@ -140,15 +144,15 @@ class Neighbour:
             os.read(self.wakeup, 4096)
         return self.leash not in ready or os.read(self.leash, 1) != b""
 
-    def end_all(self) -> None:
-        """End what the command has started: politely, then not. Bounded."""
+    def _end_all(self, child: subprocess.Popen[bytes]) -> None:
+        """End what the command has started: politely, then not. Bounded.
+
+        By descent, which a process cannot lose: its environment reads as empty while it changes into another program.
+        """
         until = time.monotonic() + _END_S
         signum = signal.SIGHUP
-        while time.monotonic() < until + _END_S:
-            left = self._left()
-            if not left:
-                return
-            for pid in left:
+        while not _reap(child) and time.monotonic() < until + _END_S:
+            for pid in _descendants(os.getpid()):
                 try:
                     os.kill(pid, signum)
                 except ProcessLookupError:  # it has just ended
@@ -156,9 +160,28 @@ class Neighbour:
             time.sleep(0.05)
             signum = signal.SIGHUP if time.monotonic() < until else signal.SIGKILL
 
-    def _left(self) -> list[int]:
-        pids = (int(entry) for entry in os.listdir("/proc") if entry.isdigit())
-        return [pid for pid in pids if environ_of(pid).get(ATTACHED) == self.token]
+
+def _reap(child: subprocess.Popen[bytes]) -> bool:
+    """True when no child is left. We are a sub-reaper: orphans become ours, so no child means no descendant."""
+    try:
+        while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if ended.si_pid == child.pid:
+                child.wait()
+            else:
+                os.waitpid(ended.si_pid, 0)
+    except ChildProcessError:
+        return True
+    return False
+
+
+def _descendants(root: int) -> set[int]:
+    parents = {int(entry): _parent_of(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()}
+    found: set[int] = set()
+    generation = {root}
+    while generation:
+        generation = {pid for pid, parent in parents.items() if parent in generation}
+        found |= generation
+    return found
 
 
 def main(argv: list[str]) -> int:

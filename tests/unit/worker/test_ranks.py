@@ -68,15 +68,26 @@ def test_a_command_has_the_ranks_environment_and_is_not_taken_for_it(
         assert process.wait(20) == 9
 
 
-def test_what_a_command_leaves_running_is_ended_with_it(run_dir: str, rank: subprocess.Popen[bytes]) -> None:
+@pytest.mark.parametrize(
+    "program",
+    [
+        "trap '' HUP; sleep 60 >/dev/null & echo $!",
+        # Without its environment: as it looks for a moment while it becomes another program.
+        "env -i sleep 60 >/dev/null & echo $!",
+        "trap '' HUP; setsid sh -c 'env -i sleep 60 >/dev/null & echo $!' & wait",
+    ],
+)
+def test_what_a_command_leaves_running_is_ended_with_it(
+    run_dir: str, rank: subprocess.Popen[bytes], program: str
+) -> None:
     done = subprocess.run(
-        beside(run_dir, "sh", "-c", "trap '' HUP; sleep 60 >/dev/null & echo $!"),
+        beside(run_dir, "sh", "-c", program),
         capture_output=True,
         text=True,
         timeout=30,
         check=True,
     )
-    assert ranks.environ_of(int(done.stdout)) == {}, "it is at most a zombie"
+    assert not Path(f"/proc/{int(done.stdout)}").exists()
 
 
 @pytest.mark.parametrize("end", ["leash", "SIGTERM", "SIGHUP"])
