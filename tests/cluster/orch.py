@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.cluster.handle import Cluster
+from tests.cluster.service import ClusterError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TERMINAL = ("completed", "failed", "cancelled", "lost", "needs_resume")
@@ -81,7 +82,11 @@ class Orch:
                 assert not ended, f"{run} is {sidecar['status']} before step {step}:\n{self.story(run)}"
             return False
 
-        self.cluster.wait(f"step {step} of attempt {attempt} of {run}", reached, timeout=timeout)
+        try:
+            self.cluster.wait(f"step {step} of attempt {attempt} of {run}", reached, timeout=timeout)
+        except ClusterError as error:
+            queue = self.cluster.run("scontrol", "show", "job", "--oneliner", check=False).stdout
+            raise ClusterError(f"{error}\n{queue}\n{self.story(run)}") from None
 
     def wait_for_state(self, run: str, *states: str, timeout: float = 300) -> Any:
         """The status once the run is in one of `states`."""

@@ -19,6 +19,7 @@ import pytest
 from tests.cluster.handle import Cluster
 from tests.cluster.orch import Orch
 from tests.cluster.programs import said, script_spec
+from tests.cluster.service import ClusterError
 
 SECRET = "s3cret-of-the-job"
 RUNTIMES = ["none", "docker"]
@@ -55,7 +56,10 @@ def processes(*markers: str) -> list[str]:
 def assert_nothing_left(orch: Orch, run: str, *markers: str) -> None:
     programs = ("worker.observe", "worker.enter", "worker/ranks.py")
     ours = (*(f"{program} {orch.run_dir(run)}" for program in programs), *markers)
-    orch.cluster.wait("all of it to be gone", lambda: not processes(*ours), timeout=40)
+    try:
+        orch.cluster.wait("all of it to be gone", lambda: not processes(*ours), timeout=40)
+    except ClusterError:
+        pytest.fail(f"left behind: {processes(*ours)}")
     assert not list(Path(f"/dev/shm/orch-{os.getuid()}").glob(f"{run}.*/shell-*"))
 
 
