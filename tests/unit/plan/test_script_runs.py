@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,42 @@ def test_every_notice_reaches_srun_as_usr1_and_the_wait_goes_on(new_stage: NewSt
     assert stage.process.poll() is None
     assert stage.end() == 75
     assert stage.log() == ["srun 4 0", "told", "told", "agent finish status 75"]
+
+
+def test_a_notice_is_not_lost_to_the_cont_that_comes_with_it(new_stage: NewStage) -> None:
+    """Slurm sends both, in either order; bash lost the first of two that were trapped."""
+    stage = new_stage()
+    stage.start(code=75, finish=75)
+    poll(lambda: stage.log() == ["srun 4 0"], "the stand-ins")
+    assert stage.process is not None
+    for number in range(1, 31):
+        for signum in (signal.SIGUSR1, signal.SIGCONT) if number % 2 else (signal.SIGCONT, signal.SIGUSR1):
+            stage.process.send_signal(signum)
+        poll(lambda n=number: stage.log().count("told") == n, "the notice")
+    assert stage.end() == 75
+
+
+def test_no_pair_of_notices_ends_the_wait_for_srun(new_stage: NewStage) -> None:
+    """What comes after it would judge, and requeue, a job that is still saving."""
+    stage = new_stage()
+    stage.start(code=75, finish=75)
+    poll(lambda: stage.log() == ["srun 4 0"], "the stand-ins")
+    assert stage.process is not None
+    for number in range(400):
+        stage.process.send_signal(signal.SIGUSR1)
+        busy = time.perf_counter() + (number % 20) * 1e-4  # where the second one meets bash in the first one's trap
+        while time.perf_counter() < busy:
+            pass
+        stage.process.send_signal(signal.SIGTERM)
+        poll(lambda: is_sleeping(stage.process), "the trap's end")
+        assert "agent" not in "".join(stage.log()), f"given up at the {number}. pair"
+    assert stage.end() == 75
+    assert stage.log()[-1] == "agent finish status 75"
+
+
+def is_sleeping(process: subprocess.Popen[bytes] | None) -> bool:
+    assert process is not None
+    return Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] in "SZ"
 
 
 def test_cont_alone_ends_no_wait(new_stage: NewStage) -> None:
