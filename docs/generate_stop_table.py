@@ -66,9 +66,8 @@ def _words(row: dict[str, Any]) -> str:
     reasons = [reason.replace("_", " ") for reason in row["reasons"]]
     if row["state"] != "completed":
         resumed = len(reasons) - 1
-        return (
-            f"{', '.join(reasons[:resumed])} → **{row['state'].replace('_', ' ')}**; after `orch resume` {reasons[-1]}"
-        )
+        before = ", ".join(reasons[:resumed]) or "none"
+        return f"{before} → **{row['state'].replace('_', ' ')}**; after `orch resume` {reasons[-1]}"
     return ", ".join(reasons)
 
 

@@ -105,8 +105,9 @@ class Orch:
         return [event for event in self.status(run)["events"] if event["event"] == kind]
 
     def attempts(self, run: str) -> list[dict[str, Any]]:
-        """The sidecar's records of the attempts."""
-        records: list[dict[str, Any]] = json.loads((self.run_dir(run) / "sidecar.json").read_text())["attempts"]
+        """The sidecar's records of the attempts; none before the first."""
+        path = self.run_dir(run) / "sidecar.json"
+        records: list[dict[str, Any]] = json.loads(path.read_text())["attempts"] if path.exists() else []
         return records
 
     def story(self, run: str) -> str:

@@ -40,12 +40,6 @@ class Stop:
     resume: tuple[str, ...] = ()  # options of `orch resume`
     begin_at: int = 5  # the step before which nothing happens; 0: the stop does not wait
     takeover: bool = False  # two attempts live at once for a while
-    # Reasons seen besides, by release and runtime: each an open question that its row must state.
-    also_seen: Mapping[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-
-    def allows(self, reasons: tuple[str, ...], release: str, runtime: str) -> bool:
-        """Whether these are the exit reasons to expect there."""
-        return reasons in (self.reasons, self.also_seen.get((release, runtime)))
 
 
 class Scene:
