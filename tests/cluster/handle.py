@@ -175,6 +175,19 @@ class Cluster:
         """Ids of the engine's containers, running or not; `filters` as of `docker ps --filter`."""
         return self.run("docker", "ps", "--all", "--quiet", *(f"--filter={f}" for f in filters)).stdout.split()
 
+    def story(self) -> str:
+        """What the cluster says of itself when a test waited in vain: queue, nodes, the ends of the logs."""
+        told = []
+        for argv in (["scontrol", "show", "job", "--oneliner"], ["sinfo", "-N", "-o", "%N %T %E"]):
+            try:
+                done = self.run(*argv, check=False)
+                told.append(done.stdout + done.stderr)
+            except ClusterError as error:
+                told.append(str(error))
+        logs = sorted((self.directory / "log").glob("slurm*.log"))
+        told += ["\n".join([f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-15:]]) for log in logs]
+        return "\n".join(told)
+
     def pid(self, daemon: str) -> int | None:
         """Process id of a daemon (munged, mariadbd, slurmdbd, slurmctld, n1 … n3, dockerd), None while it is down."""
         pid = self._ask(op="status")["pids"][daemon]

@@ -85,8 +85,7 @@ class Orch:
         try:
             self.cluster.wait(f"step {step} of attempt {attempt} of {run}", reached, timeout=timeout)
         except ClusterError as error:
-            queue = self.cluster.run("scontrol", "show", "job", "--oneliner", check=False).stdout
-            raise ClusterError(f"{error}\n{queue}\n{self.story(run)}") from None
+            raise ClusterError(f"{error}\n{self.story(run)}\n{self.cluster.story()}") from None
 
     def wait_for_state(self, run: str, *states: str, timeout: float = 300) -> Any:
         """The status once the run is in one of `states`."""

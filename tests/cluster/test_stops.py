@@ -498,7 +498,7 @@ def test_stop(stop: Stop, runtime: str, orch: Orch, cluster: Cluster, surroundin
         assert stop.words in told(scene)
         reasons = [attempt["exit_reason"] for attempt in orch.attempts(scene.run)]
         assert orch.json("resume", scene.run, *stop.resume)["action"] == "resumed"
-        orch.wait_for_step(scene.run, 1, attempt=len(reasons), timeout=120)
+        orch.wait_for_step(scene.run, 1, attempt=len(reasons), timeout=WITHIN_S)
         status = orch.status(scene.run)
     scene.finish()
     reasons = tuple(attempt["exit_reason"] for attempt in orch.attempts(scene.run))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -87,8 +88,9 @@ def new_stage(tmp_path: Path) -> Iterator[NewStage]:
 
     yield make
     for stage in stages:
-        if stage.process is not None and stage.process.poll() is None:
-            os.killpg(stage.process.pid, signal.SIGKILL)
+        if stage.process is not None:
+            with contextlib.suppress(ProcessLookupError):  # of a script that has ended, its srun may live on
+                os.killpg(stage.process.pid, signal.SIGKILL)
             stage.process.wait()
 
 
