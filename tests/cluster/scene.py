@@ -159,6 +159,10 @@ class Scene:
                 end = step
         return lost
 
+    def first_step(self, attempt: int) -> int:
+        """The first step that this attempt made."""
+        return next(int(step) for number, step, _ in said(self.orch, self.run) if int(number) == attempt)
+
     def assert_no_step_was_skipped(self) -> None:
         made = {int(step) for _, step, _ in said(self.orch, self.run)}
         assert made == set(range(1, len(made) + 1))

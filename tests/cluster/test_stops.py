@@ -511,8 +511,10 @@ def test_stop(stop: Stop, runtime: str, orch: Orch, cluster: Cluster, surroundin
     scene.assert_no_step_was_skipped()
     if not stop.takeover:
         scene.assert_attempts_never_mixed()
-    assert not (status["resumed_from"] or {}).get("skipped"), "no stop leaves a bad checkpoint behind"
-    record(scene, seconds=seconds, state=state, resumed=status["resumed_from"], lost=lost)
+    resumed = status["resumed_from"]
+    assert scene.first_step(status["attempt"]) == (resumed["step"] if resumed else 0) + 1, "not the checkpoint it names"
+    assert not (resumed or {}).get("skipped"), "no stop leaves a bad checkpoint behind"
+    record(scene, seconds=seconds, state=state, resumed=resumed, lost=lost)
 
 
 def test_a_job_cancelled_in_the_queue_never_starts(orch: Orch, cluster: Cluster) -> None:
