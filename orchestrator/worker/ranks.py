@@ -100,9 +100,8 @@ class Neighbour:
     """A command with a rank's environment, ended when it ends, when we are told to, or when the leash is let go of."""
 
     def __init__(self, environ: dict[str, str], cwd: str, leash: int | None) -> None:
-        self.token = f"{os.getpid()}.{time.time()}"
         own = {name: os.environ[name] for name in ("TERM", "COLORTERM") if name in os.environ}
-        self.environ = {**environ, **own, ATTACHED: self.token}
+        self.environ = {**environ, **own, ATTACHED: "1"}
         self.cwd = cwd
         self.leash = leash
         self.told = False
