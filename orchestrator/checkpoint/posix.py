@@ -1,53 +1,27 @@
-"""Checkpoints in a directory of a POSIX file system, local or NFS (PROTOCOLS 4).
-
-A save is data (fsync) → manifest (fsync) → is my epoch still the highest? → pointer. The manifest is the commit: a
-crash before its rename leaves files nobody reads, a crash after it leaves a complete checkpoint.
-"""
+"""Checkpoints in a directory of a POSIX file system, local or NFS."""
 
 from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
-import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from orchestrator.checkpoint.lineage import (
-    FROM_SCRATCH,
-    Fence,
-    Lineage,
-    fence_name,
-    parse_fence,
-    parse_fence_name,
-)
-from orchestrator.checkpoint.manifest import (
-    CORRUPT_SUFFIX,
-    DATA_SUFFIX,
-    MANIFEST_SUFFIX,
-    POINTER,
-    CheckpointName,
-    FileEntry,
-    Manifest,
-    parse_manifest,
-)
-from orchestrator.checkpoint.protocol import Found, Reading, Skipped, Trace
+from orchestrator.checkpoint.lineage import parse_fence_name
+from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, POINTER, CheckpointName, FileEntry
+from orchestrator.checkpoint.medium import Problem, Vanished
+from orchestrator.checkpoint.protocol import Reading, Trace
+from orchestrator.checkpoint.store import RETRY_DELAYS_S, Store, describe
 from orchestrator.checkpoint.stream import HashingWriter
-from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+from orchestrator.errors import CheckpointError
 from orchestrator.files import fsync_dir, open_atomic, write_atomic
 
-_log = logging.getLogger(__name__)
-
-MINIMUM_KEPT = 2  # the newest may turn out to be unreadable tomorrow
-REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
-_RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 _CHUNK_BYTES = 4 << 20
 _VANISHING = (errno.ENOENT, errno.ESTALE)  # what an NFS client answers for a moment after a rename on another machine
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV)
@@ -55,11 +29,7 @@ _POINTER_TEMPORARY = re.compile(r"\.last\.ckpt\.e(?P<epoch>\d{4,9})\.[0-9a-f]{12
 _FENCE_TEMPORARY = re.compile(r"\.(?P<final>epoch-\d{4,9}\.json)\.[0-9a-f]{12}\.tmp")
 
 
-class _Collected(Exception):
-    """A checkpoint vanished while it was read because its owner's garbage collection removed it: look again."""
-
-
-class PosixStore:
+class PosixStore(Store):
     """The checkpoints of one run in one directory. Instances share nothing but the directory."""
 
     def __init__(
@@ -72,92 +42,27 @@ class PosixStore:
         node: str | None = None,
     ) -> None:
         self.directory = Path(directory).absolute()
-        self.uri = str(self.directory)
-        self._clock = clock
+        super().__init__(Directory(self.directory, sleep=sleep, link=link), clock=clock, sleep=sleep, node=node)
+
+
+class Directory:
+    """A medium: small files by link and rename, every change followed by fsync of the directory."""
+
+    def __init__(
+        self, path: Path, *, sleep: Callable[[float], None] = time.sleep, link: Callable[[Path, Path], None] = os.link
+    ) -> None:
+        self.path = path
+        self.uri = str(path)
         self._sleep = sleep
         self._link = link
-        self._node = node or os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-        self._sequence = itertools.count()
-        # What the last `find` passed over: a claim may bury it. `_unreadable`: content unknown because of I/O errors.
-        self._passed_over: set[CheckpointName] = set()
-        self._unreadable: set[CheckpointName] = set()
 
     # --- reading
 
-    def find(self) -> Found | None:
-        """See CheckpointStore.find."""
-        for delay in (*_RETRY_DELAYS_S, None):
+    def names(self) -> list[str]:
+        """See Medium.names."""
+        for delay in (*RETRY_DELAYS_S, None):
             try:
-                with self._translated("read"):
-                    return self._find()
-            except _Collected as vanished:
-                if delay is None:
-                    raise CheckpointError(
-                        f"the checkpoints in {self.directory} change faster than they can be read ({vanished})",
-                        hint="another attempt of this run is still saving; stop it or try again",
-                    ) from vanished
-                self._sleep(delay)
-        raise AssertionError("unreachable")
-
-    def manifests(self) -> list[Manifest]:
-        """See CheckpointStore.manifests."""
-        with self._translated("list"):
-            names = self._list()
-            return self._load_live(names, self._lineage(names))
-
-    def _find(self) -> Found | None:
-        names = self._list()
-        lineage = self._lineage(names)
-        self._passed_over.clear()
-        self._unreadable.clear()
-        skipped = [Skipped(self.directory / fence_name(epoch), why) for epoch, why in lineage.damaged.items()]
-        damaged = [name for name in _quarantined(names) if lineage.is_live(name.fence_epoch, name.step)]
-        live: list[Manifest] = []
-        for name in _manifest_names(names):
-            if not lineage.is_live(name.fence_epoch, name.step):
-                skipped.append(Skipped(self.directory / name.data, lineage.explain(name.fence_epoch, name.step)))
-                continue
-            try:
-                live.append(self._load(name))
-            except CheckpointCorrupt as error:
-                skipped.append(self._quarantine(name, error.message))
-                damaged.append(name)
-        for manifest in sorted(live, key=lambda m: m.rank, reverse=True):
-            problem = self._verify(manifest)
-            if problem is None:
-                newer = [s for s in skipped if not _is_older(s, manifest)]
-                return Found(manifest, manifest.path, tuple(sorted(newer, key=lambda s: s.path.name, reverse=True)))
-            if manifest.name in self._unreadable:
-                self._passed_over.add(manifest.name)
-                skipped.append(Skipped(manifest.path, problem))
-            else:
-                skipped.append(self._quarantine(manifest.name, problem))
-                damaged.append(manifest.name)
-        self._refuse_to_start_over(damaged, skipped)
-        return None
-
-    def _refuse_to_start_over(self, damaged: Sequence[CheckpointName], skipped: Sequence[Skipped]) -> None:
-        # An attempt that starts from scratch makes every older checkpoint dead for good. When there was work to lose,
-        # that is for a person to decide: a copy may exist, a server may come back.
-        reasons = "; ".join(f"{s.path.name}: {s.reason}" for s in skipped)
-        if self._unreadable:
-            raise CheckpointError(
-                f"no checkpoint in {self.directory} can be read: {reasons}",
-                hint="nothing was changed; when the file system is well again, resume the run",
-            )
-        if damaged:
-            raise CheckpointCorrupt(
-                f"all {len(damaged)} checkpoints in {self.directory} are damaged"
-                + (f": {reasons}" if reasons else " (set aside by an earlier attempt)"),
-                hint="restore a copy of one of them (docs/checkpoints.md), "
-                f"or move the *{CORRUPT_SUFFIX} files away to start from the beginning",
-            )
-
-    def _list(self) -> list[str]:
-        """File names in the directory; none when it does not exist yet."""
-        for delay in (*_RETRY_DELAYS_S, None):
-            try:
-                return os.listdir(self.directory)  # noqa: PTH208 - names, not paths
+                return os.listdir(self.path)  # noqa: PTH208 - names, not paths
             except FileNotFoundError:
                 return []
             except OSError as error:
@@ -166,441 +71,168 @@ class PosixStore:
                 self._sleep(delay)
         raise AssertionError("unreachable")
 
-    def _read(self, name: str) -> bytes:
-        """Content of a small file that was listed a moment ago; ENOENT and ESTALE are retried."""
-        for delay in (*_RETRY_DELAYS_S, None):
+    def read(self, name: str) -> bytes:
+        """See Medium.read; ENOENT and ESTALE are retried."""
+        for delay in (*RETRY_DELAYS_S, None):
             try:
-                return (self.directory / name).read_bytes()
+                return (self.path / name).read_bytes()
             except OSError as error:
                 if error.errno not in _VANISHING or delay is None:
                     raise
-                if error.errno == errno.ENOENT and name not in self._list():
+                if error.errno == errno.ENOENT and name not in self.names():
                     raise
                 self._sleep(delay)
         raise AssertionError("unreachable")
 
-    def _lineage(self, names: Iterable[str]) -> Lineage:
-        fences: list[Fence] = []
-        damaged: dict[int, str] = {}
-        for name in names:
-            if (epoch := parse_fence_name(name)) is None:
-                continue
-            try:
-                fences.append(self._read_fence(epoch))
-            except ValueError as error:
-                damaged[epoch] = str(error)
-        lineage = Lineage(fences, damaged=damaged)
-        if not lineage.unknown:
-            return lineage
-        return lineage.recovered(dict(self._remembered_bases(names, lineage.unknown)))
-
-    def _read_fence(self, epoch: int) -> Fence:
-        """Raises ValueError when the content is damaged, OSError when it cannot be read at all."""
-        for delay in _RETRY_DELAYS_S:
-            try:
-                return parse_fence(self._read(fence_name(epoch)), epoch=epoch)
-            except ValueError:
-                # Where hard links are not permitted, a fence is empty for a moment after its creation.
-                self._sleep(delay)
-        return parse_fence(self._read(fence_name(epoch)), epoch=epoch)
-
-    def _remembered_bases(self, names: Iterable[str], epochs: Sequence[int]) -> Iterator[tuple[int, int]]:
-        for name in _manifest_names(names):
-            if name.fence_epoch not in epochs:
-                continue
-            with suppress(CheckpointCorrupt, _Collected):  # whoever wants this checkpoint reports it
-                base_step = self._load(name).base_step
-                if base_step is not None:
-                    yield name.fence_epoch, base_step
-
-    def _load(self, name: CheckpointName) -> Manifest:
-        """Raises CheckpointCorrupt, _Collected, OSError."""
-        try:
-            data = self._read(name.manifest)
-        except FileNotFoundError as error:
-            raise _Collected(name.manifest) from error
-        return parse_manifest(data, file_name=name.manifest, directory=self.uri)
-
-    def _load_live(self, names: Iterable[str], lineage: Lineage) -> list[Manifest]:
-        """Live manifests, newest first; those that are damaged or were just collected are left out."""
-        loaded = []
-        for name in _manifest_names(names):
-            if lineage.is_live(name.fence_epoch, name.step):
-                with suppress(CheckpointCorrupt, _Collected):  # `find` is the one that reports and quarantines
-                    loaded.append(self._load(name))
-        return sorted(loaded, key=lambda m: m.rank, reverse=True)
-
-    # --- verifying
-
-    def verify(self, manifest: Manifest, *, reading: Reading | None = None) -> str | None:
-        """See CheckpointStore.verify."""
-        try:
-            with self._translated("read"):
-                return self._verify(manifest, reading)
-        except _Collected as vanished:
-            raise CheckpointError(
-                f"{vanished} was removed while it was read", hint="checkpoint.keep_last says how many stay"
-            ) from None
-
-    def _verify(self, manifest: Manifest, reading: Reading | None = None) -> str | None:
-        """What is wrong with the bytes of a checkpoint, or None. Raises _Collected."""
-        for entry in manifest.files:
-            problem = self._verify_file(manifest, entry, reading)
-            if problem is not None:
-                return problem
-        return None
-
-    def _verify_file(self, manifest: Manifest, entry: FileEntry, reading: Reading | None) -> str | None:
-        problem: str | None = None
+    def examine(self, entry: FileEntry, *, committed: Callable[[], bool], reading: Reading | None) -> Problem | None:
+        """See Medium.examine; from the disk, not from memory."""
+        problem: Problem | None = None
         mismatches = 0
-        for delay in (*_RETRY_DELAYS_S, None):
+        for delay in (*RETRY_DELAYS_S, None):
             try:
-                problem = _mismatch(self.directory / entry.name, entry, reading)
+                words = _mismatch(self.path / entry.name, entry, reading)
             except OSError as error:
-                if manifest.name.manifest not in self._list():
-                    raise _Collected(manifest.name.manifest) from error
-                problem = f"{entry.name} is missing" if error.errno in _VANISHING else _describe(error)
-                unreadable = error.errno not in _VANISHING
+                if not committed():
+                    raise Vanished(entry.name) from error
+                gone = error.errno in _VANISHING
+                problem = Problem(f"{entry.name} is missing" if gone else describe(error), certain=gone)
             else:
-                unreadable = False
+                problem = None if words is None else Problem(words, certain=True)
                 mismatches += problem is not None
             # A second look before a mismatch is believed: a network or memory error may have hit the first reading.
             if problem is None or mismatches == 2 or delay is None:
                 break
             self._sleep(delay)
-        if unreadable and problem is not None:
-            self._unreadable.add(manifest.name)
         return problem
-
-    def _quarantine(self, name: CheckpointName, reason: str) -> Skipped:
-        """Set a damaged checkpoint aside, manifest first so that nobody else takes it; nothing is ever deleted."""
-        path = self.directory / name.data
-        self._passed_over.add(name)
-        try:
-            for file_name in sorted(self._list(), key=lambda n: n != name.manifest):
-                if file_name.startswith(name.stem + ".") and CORRUPT_SUFFIX not in file_name:
-                    _set_aside(self.directory / file_name)
-            fsync_dir(self.directory)
-        except OSError as error:  # a read-only mount: the checkpoint is passed over all the same
-            return Skipped(path, f"{reason} (could not be set aside: {_describe(error)})")
-        return Skipped(path, f"{reason}; set aside as {name.data}{CORRUPT_SUFFIX}")
 
     # --- writing
 
-    def open_epoch(
-        self, *, attempt: int, base: Manifest | None, discard_newer: bool = False, trace: Trace | None = None
-    ) -> Fence:
-        """See CheckpointStore.open_epoch."""
-        note = trace or _untraced
-        with self._translated("open a fence epoch"):
-            note("fence-directory")
-            _ensure_directory(self.directory)
-            while True:
-                names = self._list()
-                fence = self._next_fence(names, attempt, base, discard_newer)
-                note("fence-create")
-                if self._create_fence(fence, note):
-                    break
-            note("fence-check")
-            self._confirm_epoch(fence, base)
-        if base is not None:
-            self._point_to(base.name, fence, note)  # it may still name a checkpoint that was set aside
-        return fence
+    def prepare(self) -> None:
+        """Create the directory and its parents, each made durable in its own parent."""
+        missing = []
+        directory = self.path
+        while not directory.is_dir():
+            missing.append(directory)
+            directory = directory.parent
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            fsync_dir(path.parent)
 
-    def _next_fence(self, names: Sequence[str], attempt: int, base: Manifest | None, discard_newer: bool) -> Fence:
-        lineage = self._lineage(names)
-        if newer := lineage.newer_attempt(attempt):
-            raise Fenced(
-                f"attempt {attempt} starts too late: {newer.holder} already owns this run (fence epoch {newer.epoch})",
-                hint="the run goes on in the other attempt. If there is none, because the run directory was removed "
-                f"and its checkpoints were not, remove {self.directory} too",
-            )
-        if not discard_newer:
-            self._require_newest(base, self._load_live(names, lineage))
-        # Numbers in file names count too: a directory whose fences were lost must not hand out a number twice.
-        used = (name.fence_epoch for name in (*_manifest_names(names), *_data_names(names)))
-        return Fence(
-            epoch=max((lineage.highest, *used)) + 1,
-            attempt=attempt,
-            base_step=base.step if base else FROM_SCRATCH,
-            base=base.name.manifest if base else None,
-            node=self._node,
-            pid=os.getpid(),
-            nonce=os.urandom(8).hex(),
-            opened_at=self._clock(),
-            bases=dict(sorted(lineage.bases.items())[-REMEMBERED_BASES:]),
-        )
-
-    def _require_newest(self, base: Manifest | None, live: Sequence[Manifest]) -> None:
-        # An older attempt that is still alive may have committed since the base was chosen. To claim the run now would
-        # bury that work, and its garbage collection may be about to remove our base.
-        for manifest in live:
-            if (base is None or manifest.rank > base.rank) and manifest.name not in self._passed_over:
-                start = "from scratch" if base is None else f"at step {base.step}"
-                raise CheckpointError(
-                    f"attempt {manifest.attempt} has committed step {manifest.step}; starting {start} would discard it",
-                    hint="look for the newest checkpoint again and start from that",
-                )
-
-    def _create_fence(self, fence: Fence, note: Trace) -> bool:
-        """Create the fence file exclusively; False when the number is taken."""
-        target = self.directory / fence.file_name
-        temporary = self.directory / f".{fence.file_name}.{os.urandom(6).hex()}.tmp"
+    def create(self, name: str, data: bytes, *, note: Trace, mine: Callable[[bytes], bool]) -> bool:
+        """See Medium.create; by a hard link, where there are any."""
+        target = self.path / name
+        temporary = self.path / f".{name}.{os.urandom(6).hex()}.tmp"
         try:
-            _write_exclusively(temporary, fence.render())
+            _write_exclusively(temporary, data)
             note("fence-link")
             try:
                 self._link(temporary, target)
             except FileExistsError:
-                return self._is_mine(fence)
+                # NFS: the link was made, the answer got lost, the client asked again and is told that the name exists.
+                return mine(self.read(name))
             except FileNotFoundError:
                 return False  # swept by an attempt that took this number: try the next one
             except OSError as error:
                 if error.errno not in _NO_LINKS:
                     raise
-                return self._create_fence_without_link(fence, target)
+                return self._create_without_link(target, data)
         finally:
             with suppress(FileNotFoundError):
                 temporary.unlink()
-        fsync_dir(self.directory)
+        fsync_dir(self.path)
         return True
 
-    def _is_mine(self, fence: Fence) -> bool:
-        # NFS: the link was made, the answer got lost, the client asked again and is told that the name exists.
+    def _create_without_link(self, target: Path, data: bytes) -> bool:
         try:
-            return self._read_fence(fence.epoch).nonce == fence.nonce
-        except ValueError:
-            return False
-
-    def _create_fence_without_link(self, fence: Fence, target: Path) -> bool:
-        try:
-            _write_exclusively(target, fence.render())
+            _write_exclusively(target, data)
         except FileExistsError:
             return False
-        fsync_dir(self.directory)
+        fsync_dir(self.path)
         return True
 
-    def _confirm_epoch(self, fence: Fence, base: Manifest | None) -> None:
-        """Look again now that the epoch exists; what happened in between is either visible or bounded by it."""
-        names = self._list()
-        lineage = self._lineage(names)
-        if successor := lineage.successor(fence):
-            raise _fenced(fence.attempt, successor)
-        if base is not None and base.name.manifest not in names:
-            # Its owner went on and collected it while we were paused. Keeping the epoch would bury all its later work.
-            write_atomic(self.directory / fence.file_name, replace(fence, withdrawn=True).render())
-            raise CheckpointError(
-                f"{base.name.manifest} was removed while this attempt was starting",
-                hint="look for the newest checkpoint again and start from that",
-            )
+    def replace(self, name: str, data: bytes) -> None:
+        """See Medium.replace."""
+        write_atomic(self.path / name, data)
 
-    def commit(
-        self,
-        fence: Fence,
-        write: Callable[[BinaryIO], object],
-        *,
-        step: int,
-        epoch: int,
-        world_size: int,
-        code_hash: str | None = None,
-        image: str | None = None,
-        trace: Trace | None = None,
-    ) -> Manifest:
-        """See CheckpointStore.commit."""
-        note = trace or _untraced
-        note("check-before")
-        self._require_ownership(fence)
-        name = CheckpointName.fresh(step, fence.epoch)
-        try:
-            manifest = Manifest(
-                step=step,
-                epoch=epoch,
-                attempt=fence.attempt,
-                fence_epoch=fence.epoch,
-                world_size=world_size,
-                nonce=name.nonce,
-                files=(self._write_data(name, write, note),),
-                code_hash=code_hash,
-                image=image,
-                committed_at=self._clock(),
-                directory=self.uri,
-                sequence=next(self._sequence),
-                base_step=fence.base_step,
-            )
-            with open_atomic(self.directory / name.manifest, trace=lambda op: note(f"manifest-{op}")) as handle:
-                handle.write(manifest.render())
-        except OSError as error:
-            self._discard(name)
-            self._require_ownership(fence)  # the newer attempt sweeps our files: then that is the news, not ENOENT
-            raise self._failure(error, f"write the checkpoint of step {step}") from error
-        except BaseException:
-            self._discard(name)
-            raise
-        note("check-after")
-        self._require_ownership(fence)
-        self._point_to(name, fence, note)
-        # Renaming the pointer may have been the moment of the take-over: better to know now than at the next save.
-        note("check-last")
-        self._require_ownership(fence)
-        return manifest
-
-    def _write_data(self, name: CheckpointName, write: Callable[[BinaryIO], object], note: Trace) -> FileEntry:
-        with open_atomic(self.directory / name.data, trace=lambda op: note(f"data-{op}")) as raw:
+    def write_data(self, name: str, write: Callable[[BinaryIO], object], *, note: Trace) -> FileEntry:
+        """See Medium.write_data."""
+        with open_atomic(self.path / name, trace=lambda op: note(f"data-{op}")) as raw:
             stream = HashingWriter(raw)
             note("data-write")
-            try:
-                write(stream)  # type: ignore[arg-type]  # the part of BinaryIO that serialisers use
-            except Exception as error:
-                if stream.error is not None and error is not stream.error:
-                    raise stream.error from error  # "PytorchStreamWriter failed" says less than "disk full"
-                raise
-            if stream.error is not None:
-                raise stream.error
-            if stream.size == 0:
-                raise CheckpointError(
-                    f"the checkpoint of step {name.step} is empty: nothing was written",
-                    hint="the function given to commit() must write to the file it is given",
-                )
-        return FileEntry(name.data, stream.size, stream.sha256)
+            stream.fill(write)
+        return FileEntry(name, stream.size, stream.sha256)
 
-    def _point_to(self, name: CheckpointName, fence: Fence, note: Trace) -> None:
-        temporary = self.directory / f".{POINTER}.e{fence.epoch:04d}.{os.urandom(6).hex()}.tmp"
+    def write_manifest(self, name: str, data: bytes, *, note: Trace) -> None:
+        """See Medium.write_manifest."""
+        with open_atomic(self.path / name, trace=lambda op: note(f"manifest-{op}")) as handle:
+            handle.write(data)
+
+    def set_aside(self, names: Iterable[str]) -> None:
+        """See Medium.set_aside."""
+        for name in names:
+            _set_aside(self.path / name)
+        fsync_dir(self.path)
+
+    def remove(self, names: Iterable[str]) -> list[str]:
+        """See Medium.remove."""
+        removed = []
+        for name in names:
+            with suppress(FileNotFoundError):
+                (self.path / name).unlink()
+                removed.append(name)
+        return removed
+
+    def sync(self) -> None:
+        """See Medium.sync."""
+        fsync_dir(self.path)
+
+    # --- the pointer: a symbolic link, relative, so that it survives a moved directory
+
+    def pointer(self) -> str | None:
+        """See Medium.pointer."""
+        try:
+            return os.readlink(self.path / POINTER)  # noqa: PTH115 - a string, not a path
+        except FileNotFoundError:
+            return None
+
+    def point_to(self, target: str, *, epoch: int, note: Trace) -> None:
+        """See Medium.point_to."""
+        temporary = self.path / f".{POINTER}.e{epoch:04d}.{os.urandom(6).hex()}.tmp"
         try:
             note("pointer-create")
-            temporary.symlink_to(name.data)
+            temporary.symlink_to(target)
             note("pointer-rename")
-            temporary.replace(self.directory / POINTER)
+            temporary.replace(self.path / POINTER)
             note("pointer-dirsync")
-            fsync_dir(self.directory)
-        except OSError as error:
-            # The checkpoint is committed and every reader of ours finds it; to report a failed save would be wrong.
-            _log.warning("%s was not updated to %s: %s", self.directory / POINTER, name.data, _describe(error))
+            fsync_dir(self.path)
+        except OSError:
             with suppress(OSError):  # swept by the next attempt
                 temporary.unlink()
+            raise
 
-    def _correct_pointer(self, newest: Manifest, fence: Fence, note: Trace) -> None:
-        # A replaced attempt may have swapped it late: it must not be left naming a file that is about to be removed.
-        with suppress(FileNotFoundError):
-            if os.readlink(self.directory / POINTER) != newest.name.data:  # noqa: PTH115 - a string, not a path
-                self._point_to(newest.name, fence, note)
+    # --- what is left, what went wrong
 
-    def _discard(self, name: CheckpointName) -> None:
-        """Take back a save that failed. Manifest first: while it exists, its data must."""
-        for file_name in (name.manifest, name.data):
-            try:
-                (self.directory / file_name).unlink(missing_ok=True)
-            except OSError as error:  # the failure of the save itself is raised; this is left to the next attempt
-                _log.warning("could not remove %s: %s", self.directory / file_name, _describe(error))
-                return
+    def is_stale(self, name: str, epoch: int) -> bool:
+        """See Medium.is_stale."""
+        if temporary := CheckpointName.parse_temporary(name):
+            return temporary.fence_epoch < epoch
+        if match := _POINTER_TEMPORARY.fullmatch(name):
+            return int(match["epoch"]) < epoch
+        if match := _FENCE_TEMPORARY.fullmatch(name):
+            return (parse_fence_name(match["final"]) or 0) <= epoch
+        return False
 
-    def _require_ownership(self, fence: Fence) -> None:
-        with self._translated("check who owns the run"):
-            names = self._list()
-            if max((e for n in names if (e := parse_fence_name(n)) is not None), default=0) <= fence.epoch:
-                return
-            if successor := self._lineage(names).successor(fence):
-                raise _fenced(fence.attempt, successor)
-
-    # --- garbage
-
-    def collect_garbage(self, fence: Fence, *, keep_last: int, trace: Trace | None = None) -> list[str]:
-        """See CheckpointStore.collect_garbage."""
-        note = trace or _untraced
-        self._require_ownership(fence)
-        with self._translated("remove old checkpoints"):
-            names = self._list()
-            lineage = self._lineage(names)
-            if lineage.unknown:
-                # With an unknown base a dead checkpoint may look like the newest live one: remove nothing.
-                _log.warning("not removing old checkpoints: %s", "; ".join(lineage.damaged.values()))
-                return []
-            live = self._load_live(names, lineage)
-            victims = [m.name for m in live[max(keep_last, MINIMUM_KEPT) :]]
-            victims += [
-                name
-                for name in _manifest_names(names)
-                if name.fence_epoch < fence.epoch and not lineage.is_live(name.fence_epoch, name.step)
-            ]
-            if not live:
-                victims = []
-            if victims:
-                note("gc-verify")
-                self._require_readable(live[0], fence)
-                self._correct_pointer(live[0], fence, note)
-            removed = self._remove(victims, names, note)
-            note("gc-sweep")
-            return removed + self._sweep(names, fence)
-
-    def _require_readable(self, newest: Manifest, fence: Fence) -> None:
-        try:
-            problem = self._verify(newest)
-        except _Collected as error:
-            self._require_ownership(fence)
-            raise CheckpointError(f"{newest.name.manifest} was removed by somebody else") from error
-        self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
-        if problem is None:
-            return
-        if newest.name not in self._unreadable:
-            problem = self._quarantine(newest.name, problem).reason
-        raise CheckpointCorrupt(
-            f"the checkpoint of step {newest.step} does not read back: {problem}",
-            hint="the older checkpoints were kept; check the file system and the memory of this node",
-        )
-
-    def _remove(self, victims: Sequence[CheckpointName], names: Iterable[str], note: Trace) -> list[str]:
-        """Manifests first, durably: a manifest without its data would look like corruption."""
-        note("gc-unlink-manifest")
-        removed = [name.manifest for name in victims if self._unlink(name.manifest)]
-        if victims:
-            note("gc-dirsync")
-            fsync_dir(self.directory)
-        note("gc-unlink-data")
-        prefixes = tuple(name.stem + "." for name in victims)
-        data = [n for n in names if prefixes and n.startswith(prefixes) and n.endswith(DATA_SUFFIX)]
-        return removed + [name for name in data if self._unlink(name)]
-
-    def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
-        """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
-        return [name for name in names if self._is_leftover(name, fence) and self._unlink(name)]
-
-    def _is_leftover(self, file_name: str, fence: Fence) -> bool:
-        if temporary := CheckpointName.parse_temporary(file_name):
-            return temporary.fence_epoch < fence.epoch
-        if match := _POINTER_TEMPORARY.fullmatch(file_name):
-            return int(match["epoch"]) < fence.epoch
-        if match := _FENCE_TEMPORARY.fullmatch(file_name):
-            return (parse_fence_name(match["final"]) or 0) <= fence.epoch
-        data = CheckpointName.parse(file_name, DATA_SUFFIX)
-        if data is None or data.fence_epoch >= fence.epoch:
-            return False
-        return not (self.directory / data.manifest).exists()
-
-    def _unlink(self, file_name: str) -> bool:
-        try:
-            (self.directory / file_name).unlink()
-        except FileNotFoundError:
-            return False
-        return True
-
-    # --- errors
-
-    @contextmanager
-    def _translated(self, doing: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise self._failure(error, doing) from error
-
-    def _failure(self, error: OSError, doing: str) -> CheckpointError:
+    def failure(self, error: OSError, doing: str) -> CheckpointError:
+        """See Medium.failure."""
         return CheckpointError(
-            f"could not {doing} in {self.directory}: {_describe(error)}", hint=self._hint(error.errno or 0)
+            f"could not {doing} in {self.path}: {describe(error)}", hint=self._hint(error.errno or 0)
         )
 
     def _hint(self, code: int) -> str:
         if code in (errno.ENOSPC, errno.EDQUOT):
             room = "free some space"
             with suppress(OSError):  # the message matters more than the number in it
-                room = f"{shutil.disk_usage(self.directory).free / 2**20:.0f} MiB are free there; make room"
+                room = f"{shutil.disk_usage(self.path).free / 2**20:.0f} MiB are free there; make room"
             kind = "your quota is used up" if code == errno.EDQUOT else room
             return f"{kind}, or lower checkpoint.keep_last; the previous checkpoint stands"
         return _HINTS.get(code, "check the file system; the previous checkpoint stands")
@@ -616,42 +248,6 @@ _HINTS = {
     errno.ENOTDIR: "checkpoint.uri must name a directory",
     errno.EEXIST: "checkpoint.uri must name a directory",
 }
-
-
-def _untraced(operation: str) -> None:
-    """The trace of a caller that wants none."""
-
-
-def _fenced(attempt: int, successor: Fence) -> Fenced:
-    who = successor.holder if successor.attempt >= 0 else "another attempt"
-    return Fenced(
-        f"attempt {attempt} no longer owns this run: {who} took over (fence epoch {successor.epoch})",
-        hint="this attempt stops and is not restarted; the run goes on in the other one",
-    )
-
-
-def _describe(error: OSError) -> str:
-    code = errno.errorcode.get(error.errno or 0, "OSError")
-    return f"{error.strerror or error} ({code})"
-
-
-def _manifest_names(names: Iterable[str]) -> list[CheckpointName]:
-    return [name for n in names if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
-
-
-def _data_names(names: Iterable[str]) -> list[CheckpointName]:
-    return [name for n in names if (name := CheckpointName.parse(n, DATA_SUFFIX))]
-
-
-def _quarantined(names: Iterable[str]) -> list[CheckpointName]:
-    """Checkpoints whose manifest was set aside (`….json.corrupt`, or `….json.corrupt.1` and so on)."""
-    originals = (n.partition(CORRUPT_SUFFIX)[0] for n in names if CORRUPT_SUFFIX in n)
-    return _manifest_names(originals)
-
-
-def _is_older(skipped: Skipped, manifest: Manifest) -> bool:
-    name = CheckpointName.parse(skipped.path.name, DATA_SUFFIX)
-    return name is not None and name < manifest.name
 
 
 def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None) -> str | None:
@@ -694,14 +290,3 @@ def _write_exclusively(path: Path, data: bytes) -> None:
         except OSError:
             path.unlink(missing_ok=True)
             raise
-
-
-def _ensure_directory(directory: Path) -> None:
-    """Create the directory and its parents, each made durable in its own parent. Raises OSError."""
-    missing = []
-    while not directory.is_dir():
-        missing.append(directory)
-        directory = directory.parent
-    for path in reversed(missing):
-        path.mkdir(exist_ok=True)
-        fsync_dir(path.parent)

@@ -22,8 +22,13 @@ Trace = Callable[[str], None]
 class Skipped:
     """A checkpoint that was passed over, and why (a sentence)."""
 
-    path: Path
+    location: str
     reason: str
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        return self.location.rpartition("/")[2]
 
 
 @dataclass(frozen=True)

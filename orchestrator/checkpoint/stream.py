@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Callable
 from typing import TYPE_CHECKING, BinaryIO
 
 if TYPE_CHECKING:
@@ -36,6 +37,18 @@ class HashingWriter(io.BufferedIOBase):
         self._hash.update(view)
         self.size += len(view)
         return len(view)
+
+    def fill(self, write: Callable[[BinaryIO], object]) -> None:
+        """Let `write` write. Raises what it raises, or the OSError behind that: "disk full" says more than
+        "PytorchStreamWriter failed"."""
+        try:
+            write(self)  # type: ignore[arg-type]  # the part of BinaryIO that serialisers use
+        except Exception as error:
+            if self.error is not None and error is not self.error:
+                raise self.error from error
+            raise
+        if self.error is not None:
+            raise self.error
 
     def flush(self) -> None:
         """Nothing to do: the bytes are made durable once, when the writer is done."""

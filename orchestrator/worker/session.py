@@ -276,7 +276,7 @@ class Session:
         if not self.is_chief:
             return None
         found, self._fence = take_over(self.store, attempt=self.attempt)
-        skipped = [{"path": str(skip.path), "reason": skip.reason} for skip in found.skipped] if found else []
+        skipped = [{"path": skip.location, "reason": skip.reason} for skip in found.skipped] if found else []
         for skip in skipped:
             self.event("checkpoint_rejected", **skip)
         if found is not None:

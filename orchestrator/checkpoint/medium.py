@@ -1,0 +1,96 @@
+"""Where the bytes of one run's checkpoints lie: the few operations that the commit protocol needs (PROTOCOLS 4).
+
+Every operation is done or not done when it is cut short, durable when it returns, and raises OSError when it fails.
+What is particular to a kind of storage (retries, conditions, temporary files) stays inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import BinaryIO, Protocol
+
+from orchestrator.checkpoint.manifest import FileEntry
+from orchestrator.checkpoint.protocol import Reading, Trace
+from orchestrator.errors import CheckpointError
+
+
+class Vanished(Exception):
+    """A file disappeared while it was read because its owner's garbage collection removed it: look again."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why the bytes of a data file cannot be used; `certain` when they were read and are wrong."""
+
+    words: str
+    certain: bool
+
+
+class Medium(Protocol):
+    """One flat collection of files; names are plain."""
+
+    uri: str
+
+    def names(self) -> list[str]:
+        """All names; none when the place does not exist yet."""
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Content of a small file that was listed a moment ago. Raises FileNotFoundError when it is gone."""
+        ...
+
+    def prepare(self) -> None:
+        """Make the place, where it is one that must be made."""
+        ...
+
+    def create(self, name: str, data: bytes, *, note: Trace, mine: Callable[[bytes], bool]) -> bool:
+        """Create a small file that nobody else can have created; False when somebody has.
+
+        `mine` recognises our own content: when an answer gets lost, the second request finds the first one's work.
+        """
+        ...
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Put a small file in the place of the one of that name."""
+        ...
+
+    def write_data(self, name: str, write: Callable[[BinaryIO], object], *, note: Trace) -> FileEntry:
+        """Make a file of what `write` writes, hashed on its way. What `write` raises itself passes through."""
+        ...
+
+    def write_manifest(self, name: str, data: bytes, *, note: Trace) -> None:
+        """Make the commit visible."""
+        ...
+
+    def examine(self, entry: FileEntry, *, committed: Callable[[], bool], reading: Reading | None) -> Problem | None:
+        """Compare a data file with its entry. Raises Vanished when its checkpoint is not `committed` any more."""
+        ...
+
+    def set_aside(self, names: Iterable[str]) -> None:
+        """Rename files to `*.corrupt`, in this order, without overwriting what was set aside before."""
+        ...
+
+    def remove(self, names: Iterable[str]) -> list[str]:
+        """Remove files; the names that were there. Durable after `sync`."""
+        ...
+
+    def sync(self) -> None:
+        """Make removals durable."""
+        ...
+
+    def pointer(self) -> str | None:
+        """Name of the data file that `last.ckpt` stands for; None when there is no pointer."""
+        ...
+
+    def point_to(self, target: str, *, epoch: int, note: Trace) -> None:
+        """Swap the pointer, as the attempt of this fence epoch."""
+        ...
+
+    def is_stale(self, name: str, epoch: int) -> bool:
+        """Whether this is a temporary file of an attempt older than the one of that fence epoch."""
+        ...
+
+    def failure(self, error: OSError, doing: str) -> CheckpointError:
+        """The error as one sentence with a hint."""
+        ...

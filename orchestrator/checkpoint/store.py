@@ -1,0 +1,511 @@
+"""The commit protocol of every checkpoint store (PROTOCOLS 4), over a medium that keeps the bytes.
+
+A save is data → manifest → is my epoch still the highest? → pointer, each durable before the next. The manifest is the
+commit: a crash before it leaves files nobody reads, a crash after it leaves a complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import BinaryIO
+
+from orchestrator.checkpoint.lineage import (
+    FROM_SCRATCH,
+    Fence,
+    Lineage,
+    fence_name,
+    parse_fence,
+    parse_fence_name,
+)
+from orchestrator.checkpoint.manifest import (
+    CORRUPT_SUFFIX,
+    DATA_SUFFIX,
+    MANIFEST_SUFFIX,
+    POINTER,
+    CheckpointName,
+    FileEntry,
+    Manifest,
+    parse_manifest,
+)
+from orchestrator.checkpoint.medium import Medium, Vanished
+from orchestrator.checkpoint.protocol import Found, Reading, Skipped, Trace
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+
+_log = logging.getLogger(__name__)
+
+MINIMUM_KEPT = 2  # the newest may turn out to be unreadable tomorrow
+REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
+RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
+
+
+class Store:
+    """The checkpoints of one run. Instances share nothing but the medium."""
+
+    def __init__(
+        self,
+        medium: Medium,
+        *,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+        node: str | None = None,
+    ) -> None:
+        self.medium = medium
+        self.uri = medium.uri
+        self._clock = clock
+        self._sleep = sleep
+        self._node = node or os.environ.get("SLURMD_NODENAME") or os.uname().nodename
+        self._sequence = itertools.count()
+        # What the last `find` passed over: a claim may bury it. `_unreadable`: content unknown because of I/O errors.
+        self._passed_over: set[CheckpointName] = set()
+        self._unreadable: set[CheckpointName] = set()
+
+    # --- reading
+
+    def find(self) -> Found | None:
+        """See CheckpointStore.find."""
+        for delay in (*RETRY_DELAYS_S, None):
+            try:
+                with self._translated("read"):
+                    return self._find()
+            except Vanished as vanished:
+                if delay is None:
+                    raise CheckpointError(
+                        f"the checkpoints in {self.uri} change faster than they can be read ({vanished})",
+                        hint="another attempt of this run is still saving; stop it or try again",
+                    ) from vanished
+                self._sleep(delay)
+        raise AssertionError("unreachable")
+
+    def manifests(self) -> list[Manifest]:
+        """See CheckpointStore.manifests."""
+        with self._translated("list"):
+            names = self.medium.names()
+            return self._load_live(names, self._lineage(names))
+
+    def _find(self) -> Found | None:
+        names = self.medium.names()
+        lineage = self._lineage(names)
+        self._passed_over.clear()
+        self._unreadable.clear()
+        skipped = [Skipped(self._locate(fence_name(epoch)), why) for epoch, why in lineage.damaged.items()]
+        damaged = [name for name in _quarantined(names) if lineage.is_live(name.fence_epoch, name.step)]
+        live: list[Manifest] = []
+        for name in _manifest_names(names):
+            if not lineage.is_live(name.fence_epoch, name.step):
+                skipped.append(Skipped(self._locate(name.data), lineage.explain(name.fence_epoch, name.step)))
+                continue
+            try:
+                live.append(self._load(name))
+            except CheckpointCorrupt as error:
+                skipped.append(self._quarantine(name, error.message))
+                damaged.append(name)
+        for manifest in sorted(live, key=lambda m: m.rank, reverse=True):
+            problem = self._verify(manifest)
+            if problem is None:
+                newer = [s for s in skipped if not _is_older(s, manifest)]
+                return Found(manifest, manifest.path, tuple(sorted(newer, key=lambda s: s.name, reverse=True)))
+            if manifest.name in self._unreadable:
+                self._passed_over.add(manifest.name)
+                skipped.append(Skipped(self._locate(manifest.name.data), problem))
+            else:
+                skipped.append(self._quarantine(manifest.name, problem))
+                damaged.append(manifest.name)
+        self._refuse_to_start_over(damaged, skipped)
+        return None
+
+    def _refuse_to_start_over(self, damaged: Sequence[CheckpointName], skipped: Sequence[Skipped]) -> None:
+        # An attempt that starts from scratch makes every older checkpoint dead for good. When there was work to lose,
+        # that is for a person to decide: a copy may exist, a server may come back.
+        reasons = "; ".join(f"{s.name}: {s.reason}" for s in skipped)
+        if self._unreadable:
+            raise CheckpointError(
+                f"no checkpoint in {self.uri} can be read: {reasons}",
+                hint="nothing was changed; when the file system is well again, resume the run",
+            )
+        if damaged:
+            raise CheckpointCorrupt(
+                f"all {len(damaged)} checkpoints in {self.uri} are damaged"
+                + (f": {reasons}" if reasons else " (set aside by an earlier attempt)"),
+                hint="restore a copy of one of them (docs/checkpoints.md), "
+                f"or move the *{CORRUPT_SUFFIX} files away to start from the beginning",
+            )
+
+    def _lineage(self, names: Iterable[str]) -> Lineage:
+        fences: list[Fence] = []
+        damaged: dict[int, str] = {}
+        for name in names:
+            if (epoch := parse_fence_name(name)) is None:
+                continue
+            try:
+                fences.append(self._read_fence(epoch))
+            except ValueError as error:
+                damaged[epoch] = str(error)
+        lineage = Lineage(fences, damaged=damaged)
+        if not lineage.unknown:
+            return lineage
+        return lineage.recovered(dict(self._remembered_bases(names, lineage.unknown)))
+
+    def _read_fence(self, epoch: int) -> Fence:
+        """Raises ValueError when the content is damaged, OSError when it cannot be read at all."""
+        for delay in RETRY_DELAYS_S:
+            try:
+                return parse_fence(self.medium.read(fence_name(epoch)), epoch=epoch)
+            except ValueError:
+                # Where hard links are not permitted, a fence is empty for a moment after its creation.
+                self._sleep(delay)
+        return parse_fence(self.medium.read(fence_name(epoch)), epoch=epoch)
+
+    def _remembered_bases(self, names: Iterable[str], epochs: Sequence[int]) -> Iterator[tuple[int, int]]:
+        for name in _manifest_names(names):
+            if name.fence_epoch not in epochs:
+                continue
+            with suppress(CheckpointCorrupt, Vanished):  # whoever wants this checkpoint reports it
+                base_step = self._load(name).base_step
+                if base_step is not None:
+                    yield name.fence_epoch, base_step
+
+    def _load(self, name: CheckpointName) -> Manifest:
+        """Raises CheckpointCorrupt, Vanished, OSError."""
+        try:
+            data = self.medium.read(name.manifest)
+        except FileNotFoundError as error:
+            raise Vanished(name.manifest) from error
+        return parse_manifest(data, file_name=name.manifest, directory=self.uri)
+
+    def _load_live(self, names: Iterable[str], lineage: Lineage) -> list[Manifest]:
+        """Live manifests, newest first; those that are damaged or were just collected are left out."""
+        loaded = []
+        for name in _manifest_names(names):
+            if lineage.is_live(name.fence_epoch, name.step):
+                with suppress(CheckpointCorrupt, Vanished):  # `find` is the one that reports and quarantines
+                    loaded.append(self._load(name))
+        return sorted(loaded, key=lambda m: m.rank, reverse=True)
+
+    # --- verifying
+
+    def verify(self, manifest: Manifest, *, reading: Reading | None = None) -> str | None:
+        """See CheckpointStore.verify."""
+        try:
+            with self._translated("read"):
+                return self._verify(manifest, reading)
+        except Vanished as vanished:
+            raise CheckpointError(
+                f"{vanished} was removed while it was read", hint="checkpoint.keep_last says how many stay"
+            ) from None
+
+    def _verify(self, manifest: Manifest, reading: Reading | None = None) -> str | None:
+        """What is wrong with the bytes of a checkpoint, or None. Raises Vanished."""
+        for entry in manifest.files:
+            problem = self.medium.examine(
+                entry, committed=lambda: manifest.name.manifest in self.medium.names(), reading=reading
+            )
+            if problem is not None:
+                if not problem.certain:
+                    self._unreadable.add(manifest.name)
+                return problem.words
+        return None
+
+    def _quarantine(self, name: CheckpointName, reason: str) -> Skipped:
+        """Set a damaged checkpoint aside, manifest first so that nobody else takes it; nothing is ever deleted."""
+        location = self._locate(name.data)
+        self._passed_over.add(name)
+        try:
+            names = sorted(self.medium.names(), key=lambda n: n != name.manifest)
+            self.medium.set_aside(n for n in names if n.startswith(name.stem + ".") and CORRUPT_SUFFIX not in n)
+        except OSError as error:  # a read-only mount: the checkpoint is passed over all the same
+            return Skipped(location, f"{reason} (could not be set aside: {describe(error)})")
+        return Skipped(location, f"{reason}; set aside as {name.data}{CORRUPT_SUFFIX}")
+
+    def _locate(self, name: str) -> str:
+        return f"{self.uri}/{name}"
+
+    # --- writing
+
+    def open_epoch(
+        self, *, attempt: int, base: Manifest | None, discard_newer: bool = False, trace: Trace | None = None
+    ) -> Fence:
+        """See CheckpointStore.open_epoch."""
+        note = trace or _untraced
+        with self._translated("open a fence epoch"):
+            note("fence-directory")
+            self.medium.prepare()
+            while True:
+                names = self.medium.names()
+                fence = self._next_fence(names, attempt, base, discard_newer)
+                note("fence-create")
+                if self._claim(fence, note):
+                    break
+            note("fence-check")
+            self._confirm_epoch(fence, base)
+        if base is not None:
+            self._point_to(base.name, fence, note)  # it may still name a checkpoint that was set aside
+        return fence
+
+    def _next_fence(self, names: Sequence[str], attempt: int, base: Manifest | None, discard_newer: bool) -> Fence:
+        lineage = self._lineage(names)
+        if newer := lineage.newer_attempt(attempt):
+            raise Fenced(
+                f"attempt {attempt} starts too late: {newer.holder} already owns this run (fence epoch {newer.epoch})",
+                hint="the run goes on in the other attempt. If there is none, because the run directory was removed "
+                f"and its checkpoints were not, remove {self.uri} too",
+            )
+        if not discard_newer:
+            self._require_newest(base, self._load_live(names, lineage))
+        # Numbers in file names count too: a directory whose fences were lost must not hand out a number twice.
+        used = (name.fence_epoch for name in (*_manifest_names(names), *_data_names(names)))
+        return Fence(
+            epoch=max((lineage.highest, *used)) + 1,
+            attempt=attempt,
+            base_step=base.step if base else FROM_SCRATCH,
+            base=base.name.manifest if base else None,
+            node=self._node,
+            pid=os.getpid(),
+            nonce=os.urandom(8).hex(),
+            opened_at=self._clock(),
+            bases=dict(sorted(lineage.bases.items())[-REMEMBERED_BASES:]),
+        )
+
+    def _require_newest(self, base: Manifest | None, live: Sequence[Manifest]) -> None:
+        # An older attempt that is still alive may have committed since the base was chosen. To claim the run now would
+        # bury that work, and its garbage collection may be about to remove our base.
+        for manifest in live:
+            if (base is None or manifest.rank > base.rank) and manifest.name not in self._passed_over:
+                start = "from scratch" if base is None else f"at step {base.step}"
+                raise CheckpointError(
+                    f"attempt {manifest.attempt} has committed step {manifest.step}; starting {start} would discard it",
+                    hint="look for the newest checkpoint again and start from that",
+                )
+
+    def _claim(self, fence: Fence, note: Trace) -> bool:
+        """Create the fence exclusively; False when the number is taken."""
+
+        def mine(content: bytes) -> bool:
+            try:
+                return parse_fence(content, epoch=fence.epoch).nonce == fence.nonce
+            except ValueError:
+                return False
+
+        return self.medium.create(fence.file_name, fence.render(), note=note, mine=mine)
+
+    def _confirm_epoch(self, fence: Fence, base: Manifest | None) -> None:
+        """Look again now that the epoch exists; what happened in between is either visible or bounded by it."""
+        names = self.medium.names()
+        lineage = self._lineage(names)
+        if successor := lineage.successor(fence):
+            raise _fenced(fence.attempt, successor)
+        if base is not None and base.name.manifest not in names:
+            # Its owner went on and collected it while we were paused. Keeping the epoch would bury all its later work.
+            self.medium.replace(fence.file_name, replace(fence, withdrawn=True).render())
+            raise CheckpointError(
+                f"{base.name.manifest} was removed while this attempt was starting",
+                hint="look for the newest checkpoint again and start from that",
+            )
+
+    def commit(
+        self,
+        fence: Fence,
+        write: Callable[[BinaryIO], object],
+        *,
+        step: int,
+        epoch: int,
+        world_size: int,
+        code_hash: str | None = None,
+        image: str | None = None,
+        trace: Trace | None = None,
+    ) -> Manifest:
+        """See CheckpointStore.commit."""
+        note = trace or _untraced
+        note("check-before")
+        self._require_ownership(fence)
+        name = CheckpointName.fresh(step, fence.epoch)
+        try:
+            manifest = Manifest(
+                step=step,
+                epoch=epoch,
+                attempt=fence.attempt,
+                fence_epoch=fence.epoch,
+                world_size=world_size,
+                nonce=name.nonce,
+                files=(self._write_data(name, write, note),),
+                code_hash=code_hash,
+                image=image,
+                committed_at=self._clock(),
+                directory=self.uri,
+                sequence=next(self._sequence),
+                base_step=fence.base_step,
+            )
+            self.medium.write_manifest(name.manifest, manifest.render(), note=note)
+        except OSError as error:
+            self._discard(name)
+            self._require_ownership(fence)  # the newer attempt sweeps our files: then that is the news, not ENOENT
+            raise self.medium.failure(error, f"write the checkpoint of step {step}") from error
+        except BaseException:
+            self._discard(name)
+            raise
+        note("check-after")
+        self._require_ownership(fence)
+        self._point_to(name, fence, note)
+        # Renaming the pointer may have been the moment of the take-over: better to know now than at the next save.
+        note("check-last")
+        self._require_ownership(fence)
+        return manifest
+
+    def _write_data(self, name: CheckpointName, write: Callable[[BinaryIO], object], note: Trace) -> FileEntry:
+        entry = self.medium.write_data(name.data, write, note=note)
+        if entry.size == 0:
+            raise CheckpointError(
+                f"the checkpoint of step {name.step} is empty: nothing was written",
+                hint="the function given to commit() must write to the file it is given",
+            )
+        return entry
+
+    def _point_to(self, name: CheckpointName, fence: Fence, note: Trace) -> None:
+        try:
+            self.medium.point_to(name.data, epoch=fence.epoch, note=note)
+        except OSError as error:
+            # The checkpoint is committed and every reader of ours finds it; to report a failed save would be wrong.
+            _log.warning("%s was not updated to %s: %s", self._locate(POINTER), name.data, describe(error))
+
+    def _correct_pointer(self, newest: Manifest, fence: Fence, note: Trace) -> None:
+        # A replaced attempt may have swapped it late: it must not be left naming a file that is about to be removed.
+        if self.medium.pointer() not in (None, newest.name.data):
+            self._point_to(newest.name, fence, note)
+
+    def _discard(self, name: CheckpointName) -> None:
+        """Take back a save that failed. Manifest first: while it exists, its data must."""
+        try:
+            self.medium.remove((name.manifest, name.data))
+        except OSError as error:  # the failure of the save itself is raised; this is left to the next attempt
+            _log.warning("could not remove %s: %s", self._locate(name.stem), describe(error))
+
+    def _require_ownership(self, fence: Fence) -> None:
+        with self._translated("check who owns the run"):
+            names = self.medium.names()
+            if max((e for n in names if (e := parse_fence_name(n)) is not None), default=0) <= fence.epoch:
+                return
+            if successor := self._lineage(names).successor(fence):
+                raise _fenced(fence.attempt, successor)
+
+    # --- garbage
+
+    def collect_garbage(self, fence: Fence, *, keep_last: int, trace: Trace | None = None) -> list[str]:
+        """See CheckpointStore.collect_garbage."""
+        note = trace or _untraced
+        self._require_ownership(fence)
+        with self._translated("remove old checkpoints"):
+            names = self.medium.names()
+            lineage = self._lineage(names)
+            if lineage.unknown:
+                # With an unknown base a dead checkpoint may look like the newest live one: remove nothing.
+                _log.warning("not removing old checkpoints: %s", "; ".join(lineage.damaged.values()))
+                return []
+            live = self._load_live(names, lineage)
+            victims = [m.name for m in live[max(keep_last, MINIMUM_KEPT) :]]
+            victims += [
+                name
+                for name in _manifest_names(names)
+                if name.fence_epoch < fence.epoch and not lineage.is_live(name.fence_epoch, name.step)
+            ]
+            if not live:
+                victims = []
+            if victims:
+                note("gc-verify")
+                self._require_readable(live[0], fence)
+                self._correct_pointer(live[0], fence, note)
+            removed = self._remove(victims, names, note)
+            note("gc-sweep")
+            return removed + self._sweep(names, fence)
+
+    def _require_readable(self, newest: Manifest, fence: Fence) -> None:
+        try:
+            problem = self._verify(newest)
+        except Vanished as error:
+            self._require_ownership(fence)
+            raise CheckpointError(f"{newest.name.manifest} was removed by somebody else") from error
+        self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
+        if problem is None:
+            return
+        if newest.name not in self._unreadable:
+            problem = self._quarantine(newest.name, problem).reason
+        raise CheckpointCorrupt(
+            f"the checkpoint of step {newest.step} does not read back: {problem}",
+            hint="the older checkpoints were kept; check the file system and the memory of this node",
+        )
+
+    def _remove(self, victims: Sequence[CheckpointName], names: Iterable[str], note: Trace) -> list[str]:
+        """Manifests first, durably: a manifest without its data would look like corruption."""
+        note("gc-unlink-manifest")
+        removed = self.medium.remove(name.manifest for name in victims)
+        if victims:
+            note("gc-dirsync")
+            self.medium.sync()
+        note("gc-unlink-data")
+        prefixes = tuple(name.stem + "." for name in victims)
+        data = [n for n in names if prefixes and n.startswith(prefixes) and n.endswith(DATA_SUFFIX)]
+        return removed + self.medium.remove(data)
+
+    def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
+        """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
+        committed = set(self.medium.names())
+        return self.medium.remove(name for name in names if self._is_leftover(name, fence, committed))
+
+    def _is_leftover(self, file_name: str, fence: Fence, committed: set[str]) -> bool:
+        if self.medium.is_stale(file_name, fence.epoch):
+            return True
+        data = CheckpointName.parse(file_name, DATA_SUFFIX)
+        if data is None or data.fence_epoch >= fence.epoch:
+            return False
+        return data.manifest not in committed
+
+    # --- errors
+
+    @contextmanager
+    def _translated(self, doing: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise self.medium.failure(error, doing) from error
+
+
+def _untraced(operation: str) -> None:
+    """The trace of a caller that wants none."""
+
+
+def _fenced(attempt: int, successor: Fence) -> Fenced:
+    who = successor.holder if successor.attempt >= 0 else "another attempt"
+    return Fenced(
+        f"attempt {attempt} no longer owns this run: {who} took over (fence epoch {successor.epoch})",
+        hint="this attempt stops and is not restarted; the run goes on in the other one",
+    )
+
+
+def describe(error: OSError) -> str:
+    """The error in words, with its name."""
+    code = errno.errorcode.get(error.errno or 0, "OSError")
+    return f"{error.strerror or error} ({code})"
+
+
+def _manifest_names(names: Iterable[str]) -> list[CheckpointName]:
+    return [name for n in names if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
+
+
+def _data_names(names: Iterable[str]) -> list[CheckpointName]:
+    return [name for n in names if (name := CheckpointName.parse(n, DATA_SUFFIX))]
+
+
+def _quarantined(names: Iterable[str]) -> list[CheckpointName]:
+    """Checkpoints whose manifest was set aside (`….json.corrupt`, or `….json.corrupt.1` and so on)."""
+    originals = (n.partition(CORRUPT_SUFFIX)[0] for n in names if CORRUPT_SUFFIX in n)
+    return _manifest_names(originals)
+
+
+def _is_older(skipped: Skipped, manifest: Manifest) -> bool:
+    name = CheckpointName.parse(skipped.name, DATA_SUFFIX)
+    return name is not None and name < manifest.name
