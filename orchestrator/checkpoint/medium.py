@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from orchestrator.checkpoint.manifest import FileEntry
@@ -65,6 +66,10 @@ class Medium(Protocol):
 
     def examine(self, entry: FileEntry, *, committed: Callable[[], bool], reading: Reading | None) -> Problem | None:
         """Compare a data file with its entry. Raises Vanished when its checkpoint is not `committed` any more."""
+        ...
+
+    def local(self, name: str) -> Path:
+        """Where a data file that was examined can be loaded from."""
         ...
 
     def set_aside(self, names: Iterable[str]) -> None:

@@ -159,6 +159,20 @@ class Bucket:
         """See Medium.replace."""
         self._ask(lambda: self._files.pipe_file(self._at(name), data))
 
+    def replace_if(self, name: str, data: bytes, *, tag: str) -> bool:
+        """Put a small object in the place of the one with that ETag; False when it is another by now."""
+
+        def put() -> bool:
+            try:
+                self._files.pipe_file(self._at(name), data, IfMatch=tag)
+            except OSError as error:
+                if not _is_conflict(error):
+                    raise
+                return False
+            return True
+
+        return self._ask(put)
+
     def write_data(self, name: str, write: Callable[[BinaryIO], object], *, note: Trace) -> FileEntry:
         """See Medium.write_data: staged, then uploaded in parallel parts, each with a checksum."""
         staged = self.local(name)

@@ -105,6 +105,10 @@ class Directory:
             self._sleep(delay)
         return problem
 
+    def local(self, name: str) -> Path:
+        """See Medium.local: the file itself."""
+        return self.path / name
+
     # --- writing
 
     def prepare(self) -> None:

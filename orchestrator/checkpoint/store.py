@@ -110,7 +110,8 @@ class Store:
             problem = self._verify(manifest)
             if problem is None:
                 newer = [s for s in skipped if not _is_older(s, manifest)]
-                return Found(manifest, manifest.path, tuple(sorted(newer, key=lambda s: s.name, reverse=True)))
+                local = self.medium.local(manifest.files[0].name)
+                return Found(manifest, local, tuple(sorted(newer, key=lambda s: s.name, reverse=True)))
             if manifest.name in self._unreadable:
                 self._passed_over.add(manifest.name)
                 skipped.append(Skipped(self._locate(manifest.name.data), problem))
@@ -453,8 +454,8 @@ class Store:
 
     def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
         """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
-        committed = set(self.medium.names())
-        return self.medium.remove(name for name in names if self._is_leftover(name, fence, committed))
+        there = set(self.medium.names())  # some of `names` have just been removed
+        return self.medium.remove(name for name in names if name in there and self._is_leftover(name, fence, there))
 
     def _is_leftover(self, file_name: str, fence: Fence, committed: set[str]) -> bool:
         if self.medium.is_stale(file_name, fence.epoch):
