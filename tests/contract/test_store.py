@@ -4,24 +4,108 @@ from __future__ import annotations
 
 import errno
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Protocol
 
 import pytest
 
 from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, open_store, take_over
+from orchestrator.checkpoint.objects import ObjectStore
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+from tests.objects.servers import KINDS, Server, serving
 
 Open = Callable[[], CheckpointStore]
 
 
-@pytest.fixture(params=["path", "file-url"])
-def open_again(request: pytest.FixtureRequest, tmp_path: Path) -> Open:
-    """Opens the same store anew, as the next attempt would."""
+class Place(Protocol):
+    """Where a store keeps its files, as somebody else sees it."""
+
+    def open(self) -> CheckpointStore: ...
+    def names(self) -> list[str]: ...
+    def read(self, name: str) -> bytes: ...
+    def write(self, name: str, data: bytes) -> None: ...
+    def remove(self, name: str) -> None: ...
+
+
+class Folder:
+    """A directory, named as a path or as a URL."""
+
+    def __init__(self, directory: Path, uri: str) -> None:
+        self.directory, self.uri = directory, uri
+
+    def open(self) -> CheckpointStore:
+        return open_store(self.uri)
+
+    def names(self) -> list[str]:
+        return [path.name for path in self.directory.iterdir()]
+
+    def read(self, name: str) -> bytes:
+        return (self.directory / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        (self.directory / name).write_bytes(data)
+
+    def remove(self, name: str) -> None:
+        (self.directory / name).unlink()
+
+
+class Prefix:
+    """Objects below a prefix of an S3 server's bucket."""
+
+    def __init__(self, server: Server, scratch: Path) -> None:
+        self.root = f"{server.new_bucket()}/some where/run-1"
+        self.server, self.scratch = server, scratch
+        self.files = server.files()
+
+    def open(self) -> CheckpointStore:
+        options = self.server.storage_options
+        return ObjectStore(f"s3://{self.root}", storage_options=options, scratch=self.scratch, sleep=lambda s: None)
+
+    def names(self) -> list[str]:
+        return [str(name).rpartition("/")[2] for name in self.files.ls(self.root, detail=False, refresh=True)]
+
+    def read(self, name: str) -> bytes:
+        return bytes(self.files.cat_file(f"{self.root}/{name}"))
+
+    def write(self, name: str, data: bytes) -> None:
+        self.files.pipe_file(f"{self.root}/{name}", data)
+
+    def remove(self, name: str) -> None:
+        self.files.rm_file(f"{self.root}/{name}")
+
+
+@pytest.fixture(scope="session")
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
+    """The S3 servers, each started when it is first asked for."""
+    running: dict[str, Server] = {}
+    with ExitStack() as stack:
+
+        def get(kind: str) -> Server:
+            if kind not in running:
+                running[kind] = stack.enter_context(serving(kind, tmp_path_factory.mktemp(kind)))
+            return running[kind]
+
+        yield get
+
+
+@pytest.fixture(params=["path", "file-url", *KINDS])
+def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str], Server]) -> Place:
     directory = tmp_path / "a run's checkpoints"
-    uri = str(directory) if request.param == "path" else "file://" + str(directory).replace(" ", "%20")
-    return lambda: open_store(uri)
+    match request.param:
+        case "path":
+            return Folder(directory, str(directory))
+        case "file-url":
+            return Folder(directory, "file://" + str(directory).replace(" ", "%20"))
+        case kind:
+            return Prefix(servers(kind), tmp_path / "scratch")
+
+
+@pytest.fixture
+def open_again(place: Place) -> Open:
+    """Opens the same store anew, as the next attempt would."""
+    return place.open
 
 
 @pytest.fixture
@@ -47,10 +131,10 @@ def steps(store: CheckpointStore) -> list[int]:
     return [manifest.step for manifest in store.manifests()]
 
 
-def damage(manifest: Manifest) -> None:
-    data = bytearray(manifest.path.read_bytes())
+def damage(place: Place, manifest: Manifest) -> None:
+    data = bytearray(place.read(manifest.name.data))
     data[len(data) // 2] ^= 1
-    manifest.path.write_bytes(data)
+    place.write(manifest.name.data, bytes(data))
 
 
 # --- the first attempt
@@ -214,54 +298,57 @@ def test_take_over_takes_what_was_committed_while_it_looked(store: CheckpointSto
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "empty", "remove", "manifest", "manifest-gone"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_next_one_used(
-    store: CheckpointStore, open_again: Open, harm: str
+    place: Place, store: CheckpointStore, open_again: Open, harm: str
 ) -> None:
     _, fence = take_over(store, attempt=0)
     good, bad = save(store, fence, 10), save(store, fence, 20)
-    manifest_path = bad.path.with_name(bad.name.manifest)
+    data, manifest = bad.name.data, bad.name.manifest
     match harm:
         case "flip":
-            damage(bad)
+            damage(place, bad)
         case "truncate":
-            bad.path.write_bytes(content(20)[:-1])
+            place.write(data, content(20)[:-1])
         case "empty":
-            bad.path.write_bytes(b"")
+            place.write(data, b"")
         case "remove":
-            bad.path.unlink()
+            place.remove(data)
         case "manifest":
-            manifest_path.write_bytes(manifest_path.read_bytes()[:40])
+            place.write(manifest, place.read(manifest)[:40])
         case "manifest-gone":
-            manifest_path.unlink()
+            place.remove(manifest)
     result = found(open_again())
     assert result.manifest == good
     if harm == "manifest-gone":  # then it was never committed
         assert result.skipped == ()
         return
     [skipped] = result.skipped
-    assert skipped.location == str(bad.path)
+    assert skipped.location == f"{store.uri}/{data}"
     assert "corrupt" in skipped.reason
-    assert not manifest_path.exists()
-    assert not bad.path.exists()
-    assert manifest_path.with_name(manifest_path.name + ".corrupt").exists()
-    assert bad.path.with_name(bad.path.name + ".corrupt").exists() == (harm != "remove")
+    names = place.names()
+    assert manifest not in names
+    assert data not in names
+    assert manifest + ".corrupt" in names
+    assert (data + ".corrupt" in names) == (harm != "remove")
     assert found(open_again()).skipped == ()  # reported once
 
 
-def test_any_number_of_damaged_ones_is_passed_over(store: CheckpointStore, open_again: Open) -> None:
+def test_any_number_of_damaged_ones_is_passed_over(place: Place, store: CheckpointStore, open_again: Open) -> None:
     _, fence = take_over(store, attempt=0)
     good = save(store, fence, 1)
     for step in range(2, 7):
-        damage(save(store, fence, step))
+        damage(place, save(store, fence, step))
     result, _ = take_over(open_again(), attempt=1)
     assert result is not None
     assert result.manifest == good
     assert [int(s.name[5:14]) for s in result.skipped] == [6, 5, 4, 3, 2]
 
 
-def test_when_all_are_damaged_nobody_starts_over_in_silence(store: CheckpointStore, open_again: Open) -> None:
+def test_when_all_are_damaged_nobody_starts_over_in_silence(
+    place: Place, store: CheckpointStore, open_again: Open
+) -> None:
     _, fence = take_over(store, attempt=0)
-    damage(save(store, fence, 10))
-    damage(save(store, fence, 20))
+    damage(place, save(store, fence, 10))
+    damage(place, save(store, fence, 20))
     for _ in range(2):  # not in the next attempt either
         with pytest.raises(CheckpointCorrupt, match="2 checkpoints") as caught:
             take_over(open_again(), attempt=1)
@@ -269,23 +356,23 @@ def test_when_all_are_damaged_nobody_starts_over_in_silence(store: CheckpointSto
 
 
 def test_the_attempt_whose_base_was_damaged_later_does_not_hide_older_ones(
-    store: CheckpointStore, open_again: Open
+    place: Place, store: CheckpointStore, open_again: Open
 ) -> None:
     _, first = take_over(store, attempt=0)
     save(store, first, 100)
     base = save(store, first, 120)
     second_store = open_again()
     take_over(second_store, attempt=1)  # goes on from 120 and dies before it commits
-    damage(base)
+    damage(place, base)
     result, third = take_over(open_again(), attempt=2)
     assert result is not None
     assert result.manifest.step == third.base_step == 100
 
 
-def test_a_checkpoint_that_does_not_read_back_protects_the_older_ones(store: CheckpointStore) -> None:
+def test_a_checkpoint_that_does_not_read_back_protects_the_older_ones(place: Place, store: CheckpointStore) -> None:
     _, fence = take_over(store, attempt=0)
     saved = [save(store, fence, step) for step in (1, 2, 3, 4)]
-    damage(saved[-1])
+    damage(place, saved[-1])
     with pytest.raises(CheckpointCorrupt, match="step 4"):
         store.collect_garbage(fence, keep_last=2)
     assert steps(store) == [3, 2, 1]
@@ -342,29 +429,31 @@ def test_an_empty_checkpoint_is_not_a_checkpoint(store: CheckpointStore) -> None
 @pytest.mark.parametrize(
     ("keep_last", "kept"), [(0, [5, 4]), (1, [5, 4]), (2, [5, 4]), (3, [5, 4, 3]), (9, [5, 4, 3, 2, 1])]
 )
-def test_the_newest_are_kept_and_never_fewer_than_two(store: CheckpointStore, keep_last: int, kept: list[int]) -> None:
+def test_the_newest_are_kept_and_never_fewer_than_two(
+    place: Place, store: CheckpointStore, keep_last: int, kept: list[int]
+) -> None:
     _, fence = take_over(store, attempt=0)
     saved = {step: save(store, fence, step) for step in range(1, 6)}
     removed = store.collect_garbage(fence, keep_last=keep_last)
     assert steps(store) == kept
     expected = {name for step, m in saved.items() if step not in kept for name in (m.name.data, m.name.manifest)}
     assert set(removed) == expected
-    assert not any(m.path.exists() for step, m in saved.items() if step not in kept)
+    assert not expected & set(place.names())
 
 
 def test_what_a_replaced_attempt_left_is_swept_and_damaged_files_are_not(
-    store: CheckpointStore, open_again: Open
+    place: Place, store: CheckpointStore, open_again: Open
 ) -> None:
     _, old = take_over(store, attempt=0)
     save(store, old, 10)
     bad = save(store, old, 20)
-    damage(bad)
+    damage(place, bad)
     new_store = open_again()
     _, fence = take_over(new_store, attempt=1)
     save(new_store, fence, 11)
     save(new_store, fence, 12)
     new_store.collect_garbage(fence, keep_last=2)
-    names = {path.name for path in bad.path.parent.iterdir()}
+    names = place.names()
     assert bad.name.data + ".corrupt" in names
     assert not any(".e0001." in name and ".corrupt" not in name for name in names)
     assert steps(new_store) == [12, 11]
@@ -395,23 +484,23 @@ def test_a_path_is_made_absolute_and_nothing_is_created(tmp_path: Path, monkeypa
 # --- reading again
 
 
-def test_verify_says_what_is_wrong_and_changes_nothing(store: CheckpointStore) -> None:
+def test_verify_says_what_is_wrong_and_changes_nothing(place: Place, store: CheckpointStore) -> None:
     manifest = save(store, store.open_epoch(attempt=0, base=None), 10)
     read = list[int]()
     assert store.verify(manifest, reading=read.append) is None
     assert sum(read) == manifest.size_bytes
-    damage(manifest)
+    damage(place, manifest)
     problem = store.verify(manifest)
     assert problem is not None
     assert "does not match its hash" in problem
     assert steps(store) == [10]
-    manifest.path.write_bytes(b"short")
+    place.write(manifest.name.data, b"short")
     assert "has 5 bytes" in str(store.verify(manifest))
 
 
-def test_verify_of_a_checkpoint_that_was_collected_meanwhile(store: CheckpointStore) -> None:
+def test_verify_of_a_checkpoint_that_was_collected_meanwhile(place: Place, store: CheckpointStore) -> None:
     manifest = save(store, store.open_epoch(attempt=0, base=None), 10)
-    manifest.path.unlink()
-    (manifest.path.parent / manifest.name.manifest).unlink()
+    place.remove(manifest.name.data)
+    place.remove(manifest.name.manifest)
     with pytest.raises(CheckpointError, match="removed while it was read"):
         store.verify(manifest)
