@@ -41,6 +41,7 @@ _TRANSIENT = (
 _CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _EXPIRED = ("ExpiredToken", "RequestExpired", "TokenRefreshRequired")
 _PATIENCE_S = 60.0
+_POINTER_TRIES = 10
 
 
 class ObjectStore(Store):
@@ -226,10 +227,35 @@ class Bucket:
             return None
 
     def point_to(self, target: str, *, epoch: int, note: Trace) -> None:
-        """See Medium.point_to."""
-        note("pointer-put")
+        """See Medium.point_to. A pointer of a later epoch stays: its attempt has taken over."""
         text = json.dumps({"data": target, "fence_epoch": epoch}).encode() + b"\n"
-        self.replace(POINTER_OBJECT, text)
+        for _ in range(_POINTER_TRIES):
+            tag = self._tag(POINTER_OBJECT)
+            if tag is None:
+                note("pointer-put")
+                if self.create(POINTER_OBJECT, text, note=_untraced, mine=lambda content: content == text):
+                    return
+                continue
+            if self._pointer_epoch() > epoch:
+                return
+            note("pointer-put")
+            if self.replace_if(POINTER_OBJECT, text, tag=tag) or self.read(POINTER_OBJECT) == text:
+                return
+        raise OSError(errno.EBUSY, f"{POINTER_OBJECT} changes faster than it can be swapped")
+
+    def _tag(self, name: str) -> str | None:
+        """ETag of an object, None without one; read before the content, so that a change in between is noticed."""
+        try:
+            info = self._ask(lambda: self._files.info(self._at(name), refresh=True))
+        except FileNotFoundError:
+            return None
+        return str(info.get("ETag", ""))
+
+    def _pointer_epoch(self) -> int:
+        try:
+            return int(json.loads(self.read(POINTER_OBJECT))["fence_epoch"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return -1
 
     # --- what is left, what went wrong
 
@@ -265,6 +291,10 @@ class Bucket:
             raise
         except Exception as error:
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+def _untraced(operation: str) -> None:
+    """The trace of a caller that wants none."""
 
 
 def _code_of(error: BaseException) -> str:

@@ -13,9 +13,10 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import Any, BinaryIO
 
-from orchestrator.checkpoint import PosixStore, take_over
+from orchestrator.checkpoint import CheckpointStore, PosixStore, take_over
 from orchestrator.errors import CheckpointError, Fenced
 
 FENCED, FAILED = 93, 5
@@ -35,6 +36,15 @@ def parse_content(data: bytes) -> tuple[int, int]:
         raise ValueError(f"{len(data)} bytes that are not a whole checkpoint")
     step, attempt, _ = data[32:].split(b":", 2)
     return int(step), int(attempt)
+
+
+def open_store(order: dict[str, Any]) -> CheckpointStore:
+    """In a directory, or, if the order says so, in a bucket; opened anew in every process."""
+    if bucket := order.get("bucket"):
+        from orchestrator.checkpoint.objects import ObjectStore
+
+        return ObjectStore(bucket["url"], storage_options=bucket["options"], scratch=Path(bucket["scratch"]))
+    return PosixStore(order["directory"])
 
 
 def attempt_main(order: dict[str, Any], saved_fd: int) -> int:
@@ -57,7 +67,7 @@ def attempt_main(order: dict[str, Any], saved_fd: int) -> int:
             file.write(data[start : start + PIECE_BYTES])
             trace("data-piece")
 
-    store = PosixStore(order["directory"])
+    store = open_store(order)
     try:
         trace("start")
         found, fence = take_over(store, attempt=attempt)

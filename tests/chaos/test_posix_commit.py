@@ -5,35 +5,30 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import json
 import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 
 from orchestrator.checkpoint import Fence, Found, Manifest, PosixStore, take_over
 from orchestrator.errors import CheckpointError
+from tests.chaos.nursery import SIZE, Nursery, committer
+from tests.chaos.nursery import nursery as open_nursery
 
 KILLS = int(os.environ.get("ORCH_CHAOS_KILLS", "150"))
 RACES = int(os.environ.get("ORCH_CHAOS_RACES", "92"))
 KILLS_PER_RUN = 75
-SIZE = 100_000
 DEADLINE_S = 60.0
 
-COMMITTER = Path(__file__).with_name("committer.py")
 COMMIT_POINTS = [
     "check-before",
     "data-create",
@@ -56,72 +51,10 @@ COMMIT_POINTS = [
 GARBAGE_POINTS = ["gc-verify", "gc-unlink-manifest", "gc-dirsync", "gc-unlink-data", "gc-sweep", "collected"]
 
 
-def load_committer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("chaos_committer", COMMITTER)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-committer = load_committer()
-
-
-@dataclass
-class Attempt:
-    """An attempt in a process of its own."""
-
-    lines: Iterator[str]
-    pid: int = 0
-    saved: list[int] = field(default_factory=list)  # steps whose commit returned
-    status: int | None = None
-
-    def read(self) -> str:
-        """The next thing that happens to it."""
-        word, _, value = next(self.lines).partition(" ")
-        if word == "pid":
-            self.pid = int(value)
-        elif word == "saved":
-            self.saved.append(int(value))
-        elif word == "exited":
-            self.status = int(value)
-        return word
-
-    def wait_for(self, *words: str) -> str:
-        while (word := self.read()) not in words:
-            pass
-        return word
-
-
-class Nursery:
-    """Starts attempts, one after the other."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self._process = process
-        assert process.stdout is not None
-        self._lines = (line.strip() for line in process.stdout)
-
-    def start(self, directory: Path, attempt: int, **order: Any) -> Attempt:
-        assert self._process.stdin is not None
-        full = {"directory": str(directory), "attempt": attempt, "size": SIZE, "steps": 100} | order
-        self._process.stdin.write(json.dumps(full) + "\n")
-        self._process.stdin.flush()
-        child = Attempt(self._lines)
-        child.wait_for("pid")
-        return child
-
-
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    command = [sys.executable, str(COMMITTER)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        # A test that waits for something that never happens ends with the nursery instead of hanging.
-        limit = threading.Timer(DEADLINE_S * max(4, KILLS // 20, RACES // 10), process.kill)
-        limit.daemon = True
-        limit.start()
-        yield Nursery(process)
-        limit.cancel()
+    with open_nursery(DEADLINE_S * max(4, KILLS // 20, RACES // 10)) as opened:
+        yield opened
 
 
 @contextmanager
