@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "orch needs Python 3.11 or newer: make PYTHON=...")'
 	@echo "Setting up $(VENV) (the first time: a few minutes, most of it PyTorch)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[jobs,s3,dev]'
 	@touch $@
 
 system:
