@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import SplitResult, urlsplit
 
 DEFAULT_ROOT = "orch_runs"
 """The root where none is named, below the directory of the spec (or the current one)."""
+
+
+def parse_url(text: str) -> SplitResult | None:
+    """The parts of `scheme://…`; None for a path (pure). Raises ValueError for a malformed URL."""
+    return urlsplit(text) if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) else None
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import atexit
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from orchestrator.checkpoint.lineage import Fence, Lineage
 from orchestrator.checkpoint.manifest import CheckpointName, FileEntry, Manifest, parse_manifest
 from orchestrator.checkpoint.posix import PosixStore
 from orchestrator.checkpoint.protocol import CheckpointStore, Found, Reading, Skipped, Trace, take_over
+from orchestrator.checkpoint.refuge import Brought, Refuge
 from orchestrator.errors import CheckpointError
+from orchestrator.paths import parse_url
 
 __all__ = [
+    "Brought",
     "CheckpointName",
     "CheckpointStore",
     "Fence",
@@ -21,6 +27,7 @@ __all__ = [
     "Manifest",
     "PosixStore",
     "Reading",
+    "Refuge",
     "Skipped",
     "Trace",
     "open_store",
@@ -29,19 +36,49 @@ __all__ = [
 ]
 
 
-def open_store(uri: str) -> CheckpointStore:
-    """The store at `uri`, a path or `file://` URL; touches nothing. Raises CheckpointError for any other scheme."""
-    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", uri)
-    if scheme is None:
+def open_store(
+    uri: str,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    scratch: Path | None = None,
+    shared_disk: Path | None = None,
+    claim_on_disk: bool = False,
+    patience_s: Callable[[], float] | None = None,
+) -> CheckpointStore:
+    """The store at `uri`: a path, a `file://` URL, or an object store; touches nothing. Raises CheckpointError.
+
+    Of an object store (docs/object-stores.md):
+        storage_options: handed to fsspec unchanged.
+        scratch: directory for staged files; by default a temporary one, removed with the store.
+        shared_disk, claim_on_disk: where fences may lie, and whether new ones are created there.
+        patience_s: how long an operation that is starting may be tried again.
+    """
+    url = parse_url(uri)
+    if url is None:
         if not uri:
             raise CheckpointError("checkpoint.uri is empty", hint="give a directory, or null for the run directory")
         return PosixStore(Path(uri))
-    if scheme[1].lower() == "file":
+    if url.scheme.lower() == "file":
         return PosixStore(_file_url_path(uri))
-    raise CheckpointError(
-        f"checkpoint.uri {uri!r}: object stores come in a later version",
-        hint="use a directory on the shared disk, as a path or file:///path",
+    from orchestrator.checkpoint.objects import PATIENCE_S, ObjectStore
+
+    return ObjectStore(
+        uri,
+        storage_options=storage_options,
+        scratch=scratch or _temporary_directory(),
+        shared_disk=shared_disk,
+        claim_on_disk=claim_on_disk,
+        patience_s=patience_s or (lambda: PATIENCE_S),
     )
+
+
+def _temporary_directory() -> Path:
+    """Removed when this process ends."""
+    import tempfile
+
+    directory = Path(tempfile.mkdtemp(prefix="orch-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory
 
 
 def _file_url_path(uri: str) -> Path:

@@ -64,12 +64,17 @@ class Medium(Protocol):
         """Make the commit visible."""
         ...
 
-    def examine(self, entry: FileEntry, *, committed: Callable[[], bool], reading: Reading | None) -> Problem | None:
-        """Compare a data file with its entry. Raises Vanished when its checkpoint is not `committed` any more."""
+    def examine(
+        self, entry: FileEntry, *, committed: Callable[[], bool], keep: bool = False, reading: Reading | None = None
+    ) -> Problem | None:
+        """Compare a data file with its entry; with `keep`, it can be loaded from `local` afterwards.
+
+        Raises Vanished when its checkpoint is not `committed` any more.
+        """
         ...
 
     def local(self, name: str) -> Path:
-        """Where a data file that was examined can be loaded from."""
+        """Where a data file that was examined and kept can be loaded from."""
         ...
 
     def set_aside(self, names: Iterable[str]) -> None:

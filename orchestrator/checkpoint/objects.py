@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -20,6 +21,7 @@ import tenacity
 
 from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, FileEntry
 from orchestrator.checkpoint.medium import Problem, Vanished
+from orchestrator.checkpoint.posix import Directory
 from orchestrator.checkpoint.protocol import Reading, Trace
 from orchestrator.checkpoint.store import Store, describe
 from orchestrator.checkpoint.stream import HashingWriter
@@ -40,7 +42,7 @@ _TRANSIENT = (
 )
 _CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _EXPIRED = ("ExpiredToken", "RequestExpired", "TokenRefreshRequired")
-_PATIENCE_S = 60.0
+PATIENCE_S = 60.0
 _POINTER_TRIES = 10
 
 
@@ -53,13 +55,38 @@ class ObjectStore(Store):
         *,
         storage_options: Mapping[str, Any] | None = None,
         scratch: Path,
-        patience_s: Callable[[], float] = lambda: _PATIENCE_S,
+        shared_disk: Path | None = None,
+        claim_on_disk: bool = False,
+        patience_s: Callable[[], float] = lambda: PATIENCE_S,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         node: str | None = None,
     ) -> None:
-        bucket = Bucket(url, storage_options or {}, scratch=scratch, patience_s=patience_s, sleep=sleep)
-        super().__init__(bucket, clock=clock, sleep=sleep, node=node)
+        """`shared_disk`: a directory for fences; with `claim_on_disk` they are created there (checkpoint.fence)."""
+        self._bucket = Bucket(url, storage_options or {}, scratch=scratch, patience_s=patience_s, sleep=sleep)
+        super().__init__(
+            self._bucket,
+            shared_disk=None if shared_disk is None else Directory(shared_disk, sleep=sleep),
+            claim_on_disk=claim_on_disk,
+            clock=clock,
+            sleep=sleep,
+            node=node,
+        )
+        self._claims_on_disk = claim_on_disk
+
+    def weaknesses(self) -> tuple[str, ...]:
+        """See CheckpointStore.weaknesses; a handful of requests."""
+        from orchestrator.checkpoint.probe import probe
+
+        with self._translated("write, list and remove a small object"):
+            abilities = probe(self._bucket)
+        lost = abilities.lost(claims_on_disk=self._claims_on_disk)
+        if not abilities.usable:
+            raise CheckpointError(
+                f"{self.uri} cannot keep checkpoints: " + "; ".join(lost),
+                hint="use a store with strong consistency, or a directory on the shared disk",
+            )
+        return lost
 
 
 class Bucket:
@@ -71,18 +98,17 @@ class Bucket:
         storage_options: Mapping[str, Any],
         *,
         scratch: Path,
-        patience_s: Callable[[], float] = lambda: _PATIENCE_S,
+        patience_s: Callable[[], float] = lambda: PATIENCE_S,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        import fsspec
-
         self.uri = url.rstrip("/")
         self.scratch = scratch
         self._patience_s = patience_s
         self._sleep = sleep
         # Listings of another attempt's objects must never come from a cache, and no two stores share one.
         options = {"use_listings_cache": False, "skip_instance_cache": True, **storage_options}
-        self._files, self._root = fsspec.url_to_fs(self.uri, **options)
+        self._files, self._root = _connect(self.uri, options)
+        self._kept: set[str] = set()  # what was fetched to be loaded
 
     # --- reading
 
@@ -98,26 +124,30 @@ class Bucket:
         """See Medium.read."""
         return bytes(self._ask(lambda: self._files.cat_file(self._at(name))))
 
-    def examine(self, entry: FileEntry, *, committed: Callable[[], bool], reading: Reading | None) -> Problem | None:
-        """See Medium.examine: into a local file, from which it is loaded afterwards."""
+    def examine(
+        self, entry: FileEntry, *, committed: Callable[[], bool], keep: bool = False, reading: Reading | None = None
+    ) -> Problem | None:
+        """See Medium.examine; kept as a local file."""
         try:
-            problem = self._ask(lambda: self._download(entry, reading))
+            problem = self._ask(lambda: self._download(entry, keep, reading))
             if problem is not None:  # a second look before a mismatch is believed
-                problem = self._ask(lambda: self._download(entry, reading))
+                problem = self._ask(lambda: self._download(entry, keep, reading))
         except OSError as error:
             if not committed():
                 raise Vanished(entry.name) from error
             gone = isinstance(error, FileNotFoundError)
             return Problem(f"{entry.name} is missing" if gone else describe(error), certain=gone)
+        if problem is None and keep:
+            self._kept.add(entry.name)
         return None if problem is None else Problem(problem, certain=True)
 
-    def _download(self, entry: FileEntry, reading: Reading | None) -> str | None:
-        target = self.local(entry.name)
+    def _download(self, entry: FileEntry, keep: bool, reading: Reading | None) -> str | None:
         digest, size = hashlib.sha256(), 0
-        self._require_room(entry.size)
+        if keep:
+            self._require_room(entry.size)
         with (
             self._files.open(self._at(entry.name), "rb", cache_type="readahead", block_size=_CHUNK_BYTES) as remote,
-            target.open("wb") as staged,
+            (self.local(entry.name) if keep else Path(os.devnull)).open("wb") as staged,
         ):
             while chunk := remote.read(_CHUNK_BYTES):
                 digest.update(chunk)
@@ -176,6 +206,8 @@ class Bucket:
 
     def write_data(self, name: str, write: Callable[[BinaryIO], object], *, note: Trace) -> FileEntry:
         """See Medium.write_data: staged, then uploaded in parallel parts, each with a checksum."""
+        while self._kept:  # whoever saves has loaded; their room is needed now
+            self.local(self._kept.pop()).unlink(missing_ok=True)
         staged = self.local(name)
         try:
             with staged.open("wb") as raw:
@@ -291,6 +323,24 @@ class Bucket:
             raise
         except Exception as error:
             raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+
+
+def _connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Raises CheckpointError."""
+    import fsspec
+
+    try:
+        files, root = fsspec.url_to_fs(url, **options)
+    except ImportError as error:
+        raise CheckpointError(
+            f"{url}: its library is not installed: {error}",
+            hint="for S3: pip install 'orch[s3]', here and in the job's image or environment",
+        ) from error
+    except (ValueError, TypeError) as error:  # an unknown scheme, an option that the library does not take
+        raise CheckpointError(
+            f"{url}: {error}", hint="check checkpoint.uri and checkpoint.storage_options (docs/object-stores.md)"
+        ) from error
+    return files, str(root)
 
 
 def _untraced(operation: str) -> None:

@@ -84,7 +84,9 @@ class Directory:
                 self._sleep(delay)
         raise AssertionError("unreachable")
 
-    def examine(self, entry: FileEntry, *, committed: Callable[[], bool], reading: Reading | None) -> Problem | None:
+    def examine(
+        self, entry: FileEntry, *, committed: Callable[[], bool], keep: bool = False, reading: Reading | None = None
+    ) -> Problem | None:
         """See Medium.examine; from the disk, not from memory."""
         problem: Problem | None = None
         mismatches = 0

@@ -21,18 +21,26 @@ class Abilities:
     remove: bool
 
     @property
-    def lost(self) -> tuple[str, ...]:
+    def usable(self) -> bool:
+        """Whether checkpoints can be kept there at all."""
+        return self.read_after_write and self.list_after_write and self.remove
+
+    def lost(self, *, claims_on_disk: bool = False) -> tuple[str, ...]:
         """One sentence for every guarantee that does not hold there; none when all do."""
         told = {
             "create_exclusively": "two attempts that start at the same moment may both believe that they own the run; "
             "checkpoint.fence: disk keeps the claims on the shared disk instead",
             "replace_conditionally": "last.json may name the checkpoint of a replaced attempt until the next commit; "
             "orch never follows it",
-            "read_after_write": "a checkpoint that was just committed may be missed: the run would lose steps",
-            "list_after_write": "a checkpoint that was just committed may be missed: the run would lose steps",
-            "remove": "old checkpoints stay for ever",
+            "read_after_write": "what was just written cannot be read: a committed checkpoint would be missed",
+            "list_after_write": "what was just written is not listed: a committed checkpoint would be missed",
+            "remove": "what was removed is still listed: old checkpoints would stay for ever",
         }
-        return tuple(sentence for name, sentence in told.items() if not getattr(self, name))
+        return tuple(
+            sentence
+            for name, sentence in told.items()
+            if not (getattr(self, name) or (claims_on_disk and name == "create_exclusively"))
+        )
 
 
 def probe(bucket: Bucket) -> Abilities:

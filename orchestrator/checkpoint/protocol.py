@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from orchestrator.checkpoint.lineage import Fence
 from orchestrator.checkpoint.manifest import Manifest
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+
+if TYPE_CHECKING:
+    from orchestrator.checkpoint.medium import Medium
 
 Reading = Callable[[int], None]
 """Called with the number of bytes just read."""
@@ -45,6 +48,13 @@ class CheckpointStore(Protocol):
 
     uri: str
 
+    def weaknesses(self) -> tuple[str, ...]:
+        """Tries the place out: one sentence for every guarantee that it does not give.
+
+        Raises CheckpointError when checkpoints cannot be kept there at all.
+        """
+        ...
+
     def find(self) -> Found | None:
         """The newest live checkpoint whose bytes match; None when nothing was ever committed.
 
@@ -52,6 +62,10 @@ class CheckpointStore(Protocol):
         but none is usable (to start over silently would throw the work away for good), CheckpointError when the store
         cannot be read.
         """
+        ...
+
+    def fetch(self, manifest_name: str) -> Found:
+        """That checkpoint, verified, whoever owns the run. Changes nothing. Raises CheckpointError."""
         ...
 
     def open_epoch(
@@ -80,6 +94,13 @@ class CheckpointStore(Protocol):
 
         Raises Fenced when a newer attempt owns the run, CheckpointError when it could not be written (then the previous
         checkpoint stands); what `write` raises itself passes through.
+        """
+        ...
+
+    def adopt(self, manifest: Manifest, source: Medium, *, reading: Reading | None = None) -> bool:
+        """Publish here, under the same name, what was committed in `source`; False when it is not live here.
+
+        For saves that had no time for this store. Raises CheckpointCorrupt, CheckpointError.
         """
         ...
 

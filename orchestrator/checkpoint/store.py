@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 
 MINIMUM_KEPT = 2  # the newest may turn out to be unreadable tomorrow
 REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
+_COPY_BYTES = 8 << 20
 RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
@@ -52,12 +53,17 @@ class Store:
         self,
         medium: Medium,
         *,
+        shared_disk: Medium | None = None,
+        claim_on_disk: bool = False,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], None] = time.sleep,
         node: str | None = None,
     ) -> None:
         self.medium = medium
         self.uri = medium.uri
+        # Fences may lie in two places, because `checkpoint.fence` may change between attempts: all of them count.
+        self._fences = (medium,) if shared_disk is None else (shared_disk, medium)
+        self._claims = self._fences[0] if claim_on_disk else medium
         self._clock = clock
         self._sleep = sleep
         self._node = node or os.environ.get("SLURMD_NODENAME") or os.uname().nodename
@@ -65,6 +71,10 @@ class Store:
         # What the last `find` passed over: a claim may bury it. `_unreadable`: content unknown because of I/O errors.
         self._passed_over: set[CheckpointName] = set()
         self._unreadable: set[CheckpointName] = set()
+
+    def weaknesses(self) -> tuple[str, ...]:
+        """See CheckpointStore.weaknesses."""
+        return ()
 
     # --- reading
 
@@ -83,14 +93,35 @@ class Store:
                 self._sleep(delay)
         raise AssertionError("unreachable")
 
+    def fetch(self, manifest_name: str) -> Found:
+        """See CheckpointStore.fetch."""
+        name = CheckpointName.parse(manifest_name, MANIFEST_SUFFIX)
+        if name is None:
+            raise CheckpointError(f"{manifest_name!r} is no manifest of a checkpoint")
+        try:
+            with self._translated("read"):
+                manifest = self._load(name)
+                problem = self._verify(manifest, keep=True)
+        except Vanished as vanished:
+            raise CheckpointError(f"{self._locate(manifest_name)} was removed meanwhile ({vanished})") from None
+        if problem is not None:
+            raise CheckpointError(f"{self._locate(name.data)} cannot be used on this node: {problem}")
+        return Found(manifest, self.medium.local(name.data), ())
+
     def manifests(self) -> list[Manifest]:
         """See CheckpointStore.manifests."""
         with self._translated("list"):
-            names = self.medium.names()
+            names = self._names()
             return self._load_live(names, self._lineage(names))
 
+    def _names(self) -> list[str]:
+        """What lies in the medium, and the fences of both places."""
+        names = self.medium.names()  # first: whatever is published later, a fence seen afterwards may bury
+        elsewhere = (name for place in self._fences if place is not self.medium for name in place.names())
+        return [*names, *{n for n in elsewhere if parse_fence_name(n) is not None}.difference(names)]
+
     def _find(self) -> Found | None:
-        names = self.medium.names()
+        names = self._names()
         lineage = self._lineage(names)
         self._passed_over.clear()
         self._unreadable.clear()
@@ -107,7 +138,7 @@ class Store:
                 skipped.append(self._quarantine(name, error.message))
                 damaged.append(name)
         for manifest in sorted(live, key=lambda m: m.rank, reverse=True):
-            problem = self._verify(manifest)
+            problem = self._verify(manifest, keep=True)
             if problem is None:
                 newer = [s for s in skipped if not _is_older(s, manifest)]
                 local = self.medium.local(manifest.files[0].name)
@@ -157,11 +188,17 @@ class Store:
         """Raises ValueError when the content is damaged, OSError when it cannot be read at all."""
         for delay in RETRY_DELAYS_S:
             try:
-                return parse_fence(self.medium.read(fence_name(epoch)), epoch=epoch)
+                return parse_fence(self._fence_bytes(epoch), epoch=epoch)
             except ValueError:
                 # Where hard links are not permitted, a fence is empty for a moment after its creation.
                 self._sleep(delay)
-        return parse_fence(self.medium.read(fence_name(epoch)), epoch=epoch)
+        return parse_fence(self._fence_bytes(epoch), epoch=epoch)
+
+    def _fence_bytes(self, epoch: int) -> bytes:
+        for place in self._fences[:-1]:
+            with suppress(FileNotFoundError):
+                return place.read(fence_name(epoch))
+        return self._fences[-1].read(fence_name(epoch))
 
     def _remembered_bases(self, names: Iterable[str], epochs: Sequence[int]) -> Iterator[tuple[int, int]]:
         for name in _manifest_names(names):
@@ -201,11 +238,14 @@ class Store:
                 f"{vanished} was removed while it was read", hint="checkpoint.keep_last says how many stay"
             ) from None
 
-    def _verify(self, manifest: Manifest, reading: Reading | None = None) -> str | None:
+    def _verify(self, manifest: Manifest, reading: Reading | None = None, *, keep: bool = False) -> str | None:
         """What is wrong with the bytes of a checkpoint, or None. Raises Vanished."""
         for entry in manifest.files:
             problem = self.medium.examine(
-                entry, committed=lambda: manifest.name.manifest in self.medium.names(), reading=reading
+                entry,
+                committed=lambda: manifest.name.manifest in self.medium.names(),
+                keep=keep,
+                reading=reading,
             )
             if problem is not None:
                 if not problem.certain:
@@ -236,9 +276,9 @@ class Store:
         note = trace or _untraced
         with self._translated("open a fence epoch"):
             note("fence-directory")
-            self.medium.prepare()
+            self._claims.prepare()
             while True:
-                names = self.medium.names()
+                names = self._names()
                 fence = self._next_fence(names, attempt, base, discard_newer)
                 note("fence-create")
                 if self._claim(fence, note):
@@ -293,17 +333,17 @@ class Store:
             except ValueError:
                 return False
 
-        return self.medium.create(fence.file_name, fence.render(), note=note, mine=mine)
+        return self._claims.create(fence.file_name, fence.render(), note=note, mine=mine)
 
     def _confirm_epoch(self, fence: Fence, base: Manifest | None) -> None:
         """Look again now that the epoch exists; what happened in between is either visible or bounded by it."""
-        names = self.medium.names()
+        names = self._names()
         lineage = self._lineage(names)
         if successor := lineage.successor(fence):
             raise _fenced(fence.attempt, successor)
         if base is not None and base.name.manifest not in names:
             # Its owner went on and collected it while we were paused. Keeping the epoch would bury all its later work.
-            self.medium.replace(fence.file_name, replace(fence, withdrawn=True).render())
+            self._claims.replace(fence.file_name, replace(fence, withdrawn=True).render())
             raise CheckpointError(
                 f"{base.name.manifest} was removed while this attempt was starting",
                 hint="look for the newest checkpoint again and start from that",
@@ -358,6 +398,43 @@ class Store:
         self._require_ownership(fence)
         return manifest
 
+    def adopt(self, manifest: Manifest, source: Medium, *, reading: Reading | None = None) -> bool:
+        """See CheckpointStore.adopt."""
+        name = manifest.name
+        with self._translated(f"bring in the checkpoint of step {manifest.step}"):
+            names = self._names()
+            if name.manifest in names:
+                return True
+            if not self._lineage(names).is_live(name.fence_epoch, name.step):
+                return False
+            for entry in manifest.files:
+                self._bring_in(entry, source, reading)
+            self.medium.write_manifest(name.manifest, manifest.render(), note=_untraced)
+            names = self._names()
+            if not {entry.name for entry in manifest.files}.issubset(names):
+                # Meanwhile a running attempt has swept data that had no manifest yet; it must not look like damage.
+                self.medium.remove((name.manifest,))
+                return False
+            newest = self._load_live(names, self._lineage(names))[0]
+            if newest.name == name:
+                self.medium.point_to(name.data, epoch=name.fence_epoch, note=_untraced)
+        return True
+
+    def _bring_in(self, entry: FileEntry, source: Medium, reading: Reading | None) -> None:
+        def copy(out: BinaryIO) -> None:
+            with source.local(entry.name).open("rb") as file:
+                while chunk := file.read(_COPY_BYTES):
+                    out.write(chunk)
+                    if reading is not None:
+                        reading(len(chunk))
+
+        if self.medium.write_data(entry.name, copy, note=_untraced) != entry:
+            self.medium.remove((entry.name,))
+            raise CheckpointCorrupt(
+                f"the content of {source.uri}/{entry.name} does not match its hash",
+                hint="it was not taken over; an older checkpoint stands",
+            )
+
     def _write_data(self, name: CheckpointName, write: Callable[[BinaryIO], object], note: Trace) -> FileEntry:
         entry = self.medium.write_data(name.data, write, note=note)
         if entry.size == 0:
@@ -379,6 +456,11 @@ class Store:
         if self.medium.pointer() not in (None, newest.name.data):
             self._point_to(newest.name, fence, note)
 
+    def discard(self, names: Sequence[CheckpointName]) -> list[str]:
+        """Remove these checkpoints, whether they count or not; returns the names of files. Raises CheckpointError."""
+        with self._translated("remove checkpoints"):
+            return self._remove(names, self.medium.names(), _untraced)
+
     def _discard(self, name: CheckpointName) -> None:
         """Take back a save that failed. Manifest first: while it exists, its data must."""
         try:
@@ -388,7 +470,7 @@ class Store:
 
     def _require_ownership(self, fence: Fence) -> None:
         with self._translated("check who owns the run"):
-            names = self.medium.names()
+            names = self._names()
             if max((e for n in names if (e := parse_fence_name(n)) is not None), default=0) <= fence.epoch:
                 return
             if successor := self._lineage(names).successor(fence):
@@ -401,7 +483,7 @@ class Store:
         note = trace or _untraced
         self._require_ownership(fence)
         with self._translated("remove old checkpoints"):
-            names = self.medium.names()
+            names = self._names()
             lineage = self._lineage(names)
             if lineage.unknown:
                 # With an unknown base a dead checkpoint may look like the newest live one: remove nothing.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +18,8 @@ from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defin
 
 from orchestrator.errors import CheckpointError
 from orchestrator.worker.session import CheckpointSettings, Session
+
+FETCH_LIMIT_S = 3600.0  # a large checkpoint over a slow network; the scheduler's limits end what takes longer
 
 _agreements = itertools.count()
 
@@ -36,14 +40,47 @@ def agree(value: str) -> str:
     key = str(next(_agreements))
     if os.environ["RANK"] == "0":
         store.set(key, value)
+    store.wait([key], timedelta(seconds=FETCH_LIMIT_S))  # rank 0 may be reading a large checkpoint
     return str(store.get(key).decode())
 
 
 def resume_path(session: Session) -> str | None:
-    """The checkpoint every rank starts from; None = from the beginning. Collective. Rank 0 opens the fence epoch."""
+    """The checkpoint this rank starts from, the same on all; None = from the beginning. Collective.
+
+    Rank 0 opens the fence epoch. From an object store the first rank of every node fetches a copy for its node.
+    """
     found = session.resume()
-    agreed = agree("" if found is None else str(found.path))
-    return agreed or None
+    mine = None if found is None else {"manifest": found.manifest.name.manifest, "path": str(found.path)}
+    chosen = json.loads(agree(json.dumps(mine)))
+    if chosen is None:
+        return None
+    if session.shares_files:
+        return str(chosen["path"])
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    first = session.rank - local_rank  # torchrun numbers the ranks of a node in a row
+    if first == 0:
+        return str(chosen["path"])
+    return _tell_node(lambda: str(session.fetch(chosen["manifest"])), first_rank=first, is_first=local_rank == 0)
+
+
+def _tell_node(fetch: Callable[[], str], *, first_rank: int, is_first: bool) -> str:
+    """What `fetch` returns on a node's first rank, on all of its ranks; a failure there is a failure on all."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = PrefixStore(f"orch/fetched/{restart}", _rendezvous_store())
+    key = str(first_rank)
+    if is_first:
+        try:
+            path = fetch()
+        except CheckpointError as error:
+            store.set(key, json.dumps({"error": str(error)}))
+            raise
+        store.set(key, json.dumps({"path": path}))
+        return path
+    store.wait([key], timedelta(seconds=FETCH_LIMIT_S))
+    told = json.loads(store.get(key))
+    if "error" in told:
+        raise CheckpointError(f"the first rank of this node could not fetch the checkpoint: {told['error']}")
+    return str(told["path"])
 
 
 class Agreement:

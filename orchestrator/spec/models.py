@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import unquote, urlsplit
 
@@ -22,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from orchestrator.paths import parse_url
 from orchestrator.spec.images import image_refusal
 from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
 from orchestrator.spec.sbatch_options import normal_name, owned_by_step, refusal
@@ -439,8 +441,29 @@ class Checkpoint(_Section):
     uri: SomeText | None = Field(
         None,
         description=(
-            "A directory on the shared disk (a path or file://); null = inside the run directory. Relative to the "
-            "spec file."
+            "A directory on the shared disk (a path or file://), or an object store (s3://bucket/prefix, or another "
+            "URL that fsspec knows); null = inside the run directory. A path is relative to the spec file."
+        ),
+    )
+    storage_options: dict[str, Any] = Field(
+        {},
+        description=(
+            "Of an object store, handed to fsspec unchanged: endpoint_url, profile, client_kwargs … No keys and "
+            "passwords: name their variables in `secrets`."
+        ),
+    )
+    scratch: SomeText | None = Field(
+        None,
+        description=(
+            "A directory of every node where saves to an object store are staged; it needs room for two checkpoints. "
+            "null = the temporary directory of the job."
+        ),
+    )
+    fence: Literal["store", "disk"] = Field(
+        "store",
+        description=(
+            "Where attempts claim the run: beside the checkpoints, or in the run directory, for object stores without "
+            "conditional writes."
         ),
     )
     every_steps: Steps | None = Field(
@@ -457,12 +480,14 @@ class Checkpoint(_Section):
     @model_validator(mode="before")
     @classmethod
     def _null_is_default(cls, data: Any) -> Any:
-        """Here null is a value: no saves for that reason."""
-        return (
-            {key: value for key, value in data.items() if not (key == "keep_last" and value is None)}
-            if isinstance(data, dict)
-            else data
-        )
+        """For every_… null is a value: no saves for that reason."""
+        if not isinstance(data, dict):
+            return data
+        return {
+            key: value
+            for key, value in data.items()
+            if value is not None or key.startswith("every_") or key not in cls.model_fields
+        }
 
     @field_validator("every_minutes", mode="before")
     @classmethod
@@ -473,11 +498,70 @@ class Checkpoint(_Section):
 
     @field_validator("uri")
     @classmethod
-    def _on_disk(cls, value: str | None) -> str | None:
-        match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", value or "")
-        if match and match[1].lower() != "file":
-            raise ValueError(f"{match[1]}:// comes in a later version; give a path on the shared disk")
-        return value if match is None else _path_of_file_url(str(value))
+    def _place(cls, value: str | None) -> str | None:
+        url = parse_url(value or "")
+        if url is None:
+            return value
+        if url.scheme.lower() == "file":
+            return _path_of_file_url(str(value))
+        if url.scheme.lower() in ("local", "memory"):
+            raise ValueError(f"{url.scheme}:// is no place other nodes see; give a path, file:// or an object store")
+        if "@" in url.netloc:
+            raise ValueError("holds credentials; a spec is written to disk. Name their variables in `secrets`")
+        if not url.netloc or url.query or url.fragment:
+            raise ValueError(f"an object store is written {url.scheme}://bucket/prefix, without ? and #")
+        return value
+
+    @field_validator("storage_options")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        secret = "is a secret, and a spec is written to disk; name the variable that the store's library reads "
+        secret += "(AWS_SECRET_ACCESS_KEY …) in `secrets`"
+        if given := [(path, secret) for path in _keys_below(value) if path[-1] in SECRET_OPTIONS]:
+            raise Refusal(keys=given)
+        if findings := _json_findings(value):
+            raise Refusal(*findings)
+        return value
+
+    @field_validator("scratch")
+    @classmethod
+    def _on_every_node(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith("/"):
+            raise ValueError("must be an absolute path: it is a directory of the nodes, not of this machine")
+        return value
+
+    @model_validator(mode="after")
+    def _options_belong_to_object_stores(self) -> Checkpoint:
+        if parse_url(self.uri or "") is None:
+            for name in ("storage_options", "scratch"):
+                if getattr(self, name):
+                    raise Refusal(((name,), "is for an object store, and checkpoint.uri names none"))
+        return self
+
+
+# Names under which fsspec's file systems and the libraries beneath them take a secret itself.
+SECRET_OPTIONS = frozenset(
+    (
+        "SSECustomerKey",
+        "account_key",
+        "aws_secret_access_key",
+        "aws_session_token",
+        "client_secret",
+        "connection_string",
+        "password",
+        "private_key",
+        "sas_token",
+        "secret",
+        "sse_customer_key",
+    )
+)
+
+
+def _keys_below(options: Any) -> Iterator[tuple[str, ...]]:
+    if isinstance(options, dict):
+        for key, value in options.items():
+            yield (str(key),)
+            yield from ((str(key), *path) for path in _keys_below(value))
 
 
 def _path_of_file_url(url: str) -> str:
@@ -489,7 +573,7 @@ def _path_of_file_url(url: str) -> str:
     return unquote(parts.path)
 
 
-RESERVED_CHECKPOINT_KEYS = ("async", "scratch", "fence", "keep_every", "keep_best", "storage_options")
+RESERVED_CHECKPOINT_KEYS = ("async", "keep_every", "keep_best")
 
 
 class Preemption(_Section):

@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -19,7 +19,7 @@ from orchestrator.containers.payload import Mount, Payload, PayloadRequest, Runt
 from orchestrator.errors import OrchError, RefusedError, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.identity import rendezvous_port
-from orchestrator.paths import RunPaths
+from orchestrator.paths import RunPaths, parse_url
 from orchestrator.registry import EventLog
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.words import size
@@ -327,6 +327,18 @@ class NodeAgent:
             arguments.append(f"--local-addr={place.local_address}")
         return arguments
 
+    def _checkpoint_places(self) -> Iterator[str]:
+        """Directories for checkpoints that are not in the run directory anyway."""
+        checkpoint = self.orders["checkpoint"]
+        if parse_url(checkpoint["uri"]) is not None:
+            if checkpoint.get("scratch") is not None:
+                yield checkpoint["scratch"]
+            return
+        directory = Path(checkpoint["uri"])
+        if not directory.is_relative_to(self.orders["run_dir"]):
+            directory.mkdir(parents=True, exist_ok=True)
+            yield str(directory)
+
     def _request(self, directory: NodeDirectory) -> PayloadRequest:
         orders = self.orders
         container = orders["container"]
@@ -336,10 +348,8 @@ class NodeAgent:
             Mount(orders["code_dir"], orders["code_dir"], read_only=True),
             Mount(orders["library_dir"], orders["library_dir"], read_only=True),
         ]
-        checkpoints = Path(orders["checkpoint"]["uri"])
-        if self._contained and not checkpoints.is_relative_to(orders["run_dir"]):
-            checkpoints.mkdir(parents=True, exist_ok=True)
-            mounts.append(Mount(str(checkpoints), str(checkpoints)))
+        if self._contained:
+            mounts += [Mount(place, place) for place in self._checkpoint_places()]
         if self._contained and self._stall is not None and py_spy().exists():
             mounts.append(Mount(str(py_spy()), str(py_spy()), read_only=True))
         mounts += [Mount(**mount) for mount in container["mounts"]]

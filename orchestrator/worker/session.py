@@ -21,17 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, open_store, take_over
+from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, Refuge, open_store, take_over
 from orchestrator.errors import CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
-from orchestrator.paths import DEFAULT_ROOT, RunPaths
+from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker.ranks import ATTACHED
+from orchestrator.worker.scratch import remove_scratch, scratch_directory
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
 
 log = logging.getLogger("orchestrator.worker")
 
+PATIENCE_S = 60.0  # of one request to an object store, with its repetitions
 PEER_WATCHDOG_GRACE_S = 0.5  # rank 0 writes the verdict, so it goes first
 VERDICT_WAIT_S = 1.0
 
@@ -132,6 +134,8 @@ class Session:
         settings: CheckpointSettings,
         store: CheckpointStore,
         stop: StopRequest,
+        refuge: Refuge | None = None,
+        scratch: Path | None = None,
         signals: tuple[signal.Signals, ...] = (signal.SIGUSR1, signal.SIGTERM),
         code_hash: str | None = None,
         image: str | None = None,
@@ -141,6 +145,8 @@ class Session:
         self.rank, self.world_size, self.managed = identity.rank, identity.world_size, identity.managed
         self.settings = settings
         self.store = store
+        self._scratch = scratch
+        self._refuge = refuge  # with an object store: where a save goes whose time is limited
         self.paths = RunPaths(self.run_dir)
         self.signals = signals
         self.resumed_step: int | None = None
@@ -189,14 +195,19 @@ class Session:
         identity.run_dir.mkdir(parents=True, exist_ok=True)
         plan = _load_plan(paths) if identity.managed else {}
         deadline_file = environ.get("ORCH_DEADLINE_FILE")
+        stop = StopRequest(Path(deadline_file) if deadline_file else None)
+        uri = environ.get("ORCH_CHECKPOINT_URI") or str(paths.checkpoints)
+        scratch = None if parse_url(uri) is None else _make_scratch(identity, plan.get("checkpoint", {}))
         wanted = signal.Signals[f"SIG{plan.get('signal', 'USR1')}"]
         return cls(
             identity,
             settings=CheckpointSettings.from_plan(plan["checkpoint"])
             if "checkpoint" in plan
             else settings or CheckpointSettings(),
-            store=open_store(environ.get("ORCH_CHECKPOINT_URI") or str(paths.checkpoints)),
-            stop=StopRequest(Path(deadline_file) if deadline_file else None),
+            store=_open_store(uri, paths, plan.get("checkpoint", {}), stop, scratch),
+            stop=stop,
+            refuge=None if scratch is None else Refuge(paths.checkpoints),
+            scratch=scratch,
             signals=tuple(dict.fromkeys((wanted, signal.SIGTERM))),
             code_hash=plan.get("code_hash"),
             image=(plan.get("container") or {}).get("image"),
@@ -271,10 +282,14 @@ class Session:
     def resume(self) -> Found | None:
         """Rank 0: the newest good checkpoint (None: start from the beginning), and this attempt's fence epoch.
 
-        Other ranks get None at once; the caller broadcasts the path (`orchestrator.integrations.torch.agree`).
+        Other ranks get None at once; what was found is told to them by `orchestrator.integrations.torch.resume_path`.
         """
         if not self.is_chief:
             return None
+        for weakness in self.store.weaknesses():
+            log.warning("%s: %s", self.store.uri, weakness)
+            self.event("action", action="weak_store", message=weakness)
+        self._bring_in_emergency_saves()
         found, self._fence = take_over(self.store, attempt=self.attempt)
         skipped = [{"path": skip.location, "reason": skip.reason} for skip in found.skipped] if found else []
         for skip in skipped:
@@ -283,15 +298,37 @@ class Session:
             self.resumed_step = found.manifest.step
             self.last_manifest = found.manifest
             self._position = (found.manifest.step, found.manifest.epoch)
+            if self._refuge is not None:
+                self._refuge.clear(found.manifest)
             self.event(
                 "resumed",
                 step=found.manifest.step,
                 epoch=found.manifest.epoch,
                 from_attempt=found.manifest.attempt,
-                checkpoint=str(found.path),
+                checkpoint=self.checkpoint_path(found.manifest),
                 skipped=skipped,
             )
         return found
+
+    @property
+    def shares_files(self) -> bool:
+        """Whether the file that rank 0 found is there for all ranks; else every node must `fetch` its own."""
+        return self._refuge is None
+
+    def fetch(self, manifest_name: str) -> Path:
+        """A verified local copy of the checkpoint that rank 0 chose. Raises CheckpointError."""
+        return self.store.fetch(manifest_name).path
+
+    def _bring_in_emergency_saves(self) -> None:
+        """The store gets what an attempt before us had to leave in the run directory."""
+        if self._refuge is None:
+            return
+        for brought in self._refuge.bring_to(self.store):
+            path = self.checkpoint_path(brought.manifest)
+            if brought.problem is not None:
+                self.event("checkpoint_rejected", path=path, reason=brought.problem)
+            elif brought.published:
+                self.event("action", action="pushed", step=brought.manifest.step, path=path)
 
     def commit(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> Manifest:
         """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands."""
@@ -300,7 +337,8 @@ class Session:
                 "commit before resume", hint="call Session.resume() on rank 0 first: it opens the fence"
             )
         started = time.monotonic()
-        manifest = self.store.commit(
+        store = self._refuge.open() if self._refuge is not None and self.stop_requested else self.store
+        manifest = store.commit(
             self._fence,
             write,
             step=step,
@@ -407,6 +445,8 @@ class Session:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):  # a closed pipe must not keep the process
                 stream.flush()
+        if self._scratch is not None:
+            remove_scratch(self._scratch)
         self._exit_process(code)
 
     def leave_stopped(self) -> NoReturn:
@@ -491,6 +531,28 @@ class Session:
             self._heartbeat.stop()
         if self._progress is not None:
             self._progress.close()
+        if self._scratch is not None:
+            remove_scratch(self._scratch)
+
+
+def _make_scratch(identity: Identity, plan: Mapping[str, Any]) -> Path:
+    return scratch_directory(plan.get("scratch"), run_id=identity.run_id, attempt=identity.attempt, rank=identity.rank)
+
+
+def _open_store(
+    uri: str, paths: RunPaths, plan: Mapping[str, Any], stop: StopRequest, scratch: Path | None
+) -> CheckpointStore:
+    """The store of this run as its plan describes it."""
+    if scratch is None:
+        return open_store(uri)
+    return open_store(
+        uri,
+        storage_options=plan.get("storage_options"),
+        scratch=scratch,
+        shared_disk=paths.checkpoints,
+        claim_on_disk=plan.get("fence") == "disk",
+        patience_s=lambda: PATIENCE_S if (left := stop.seconds_left()) is None else min(PATIENCE_S, max(0.0, left)),
+    )
 
 
 def _failure_reason(error: BaseException) -> ExitReason:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import BinaryIO, Protocol
 
 import pytest
 
-from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, open_store, take_over
+from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, Refuge, open_store, take_over
 from orchestrator.checkpoint.objects import ObjectStore
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from tests.objects.servers import KINDS, Server, serving
@@ -76,6 +77,39 @@ class Prefix:
         self.files.rm_file(f"{self.root}/{name}")
 
 
+class PrefixAndDisk(Prefix):
+    """Objects below a prefix, fences in a directory (checkpoint.fence: disk)."""
+
+    def __init__(self, server: Server, scratch: Path, disk: Path) -> None:
+        super().__init__(server, scratch)
+        self.disk = Folder(disk, str(disk))
+
+    def open(self) -> CheckpointStore:
+        return open_store(
+            f"s3://{self.root}",
+            storage_options=self.server.storage_options,
+            scratch=self.scratch,
+            shared_disk=self.disk.directory,
+            claim_on_disk=True,
+        )
+
+    def names(self) -> list[str]:
+        return [*super().names(), *(self.disk.names() if self.disk.directory.exists() else ())]
+
+    def read(self, name: str) -> bytes:
+        return self.disk.read(name) if is_fence(name) else super().read(name)
+
+    def write(self, name: str, data: bytes) -> None:
+        self.disk.write(name, data) if is_fence(name) else super().write(name, data)
+
+    def remove(self, name: str) -> None:
+        self.disk.remove(name) if is_fence(name) else super().remove(name)
+
+
+def is_fence(name: str) -> bool:
+    return name.startswith("epoch-")
+
+
 @pytest.fixture(scope="session")
 def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Server]]:
     """The S3 servers, each started when it is first asked for."""
@@ -90,7 +124,7 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         yield get
 
 
-@pytest.fixture(params=["path", "file-url", *KINDS])
+@pytest.fixture(params=["path", "file-url", *KINDS, "rclone and disk"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str], Server]) -> Place:
     directory = tmp_path / "a run's checkpoints"
     match request.param:
@@ -98,6 +132,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str
             return Folder(directory, str(directory))
         case "file-url":
             return Folder(directory, "file://" + str(directory).replace(" ", "%20"))
+        case "rclone and disk":
+            return PrefixAndDisk(servers("rclone"), tmp_path / "scratch", tmp_path / "disk")
         case kind:
             return Prefix(servers(kind), tmp_path / "scratch")
 
@@ -129,6 +165,15 @@ def found(store: CheckpointStore) -> Found:
 
 def steps(store: CheckpointStore) -> list[int]:
     return [manifest.step for manifest in store.manifests()]
+
+
+def pointed(place: Place) -> int:
+    """Step of the checkpoint that the pointer names."""
+    if isinstance(place, Folder):
+        name = (place.directory / "last.ckpt").readlink().name
+    else:
+        name = str(json.loads(place.read("last.json"))["data"])
+    return int(name.split(".")[0].removeprefix("step-"))
 
 
 def damage(place: Place, manifest: Manifest) -> None:
@@ -462,13 +507,9 @@ def test_what_a_replaced_attempt_left_is_swept_and_damaged_files_are_not(
 # --- addresses
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/prefix", "gs://b", "memory://x", "S3://b"])
-def test_other_stores_come_later(uri: str) -> None:
-    with pytest.raises(CheckpointError, match="later version"):
-        open_store(uri)
-
-
-@pytest.mark.parametrize("uri", ["", "file://host/path", "file://relative", "file:///a?b", "file:///a#b"])
+@pytest.mark.parametrize(
+    "uri", ["", "file://host/path", "file://relative", "file:///a?b", "file:///a#b", "nonsense://bucket/x"]
+)
 def test_addresses_that_mean_nothing_are_refused(uri: str) -> None:
     with pytest.raises(CheckpointError):
         open_store(uri)
@@ -504,3 +545,114 @@ def test_verify_of_a_checkpoint_that_was_collected_meanwhile(place: Place, store
     place.remove(manifest.name.manifest)
     with pytest.raises(CheckpointError, match="removed while it was read"):
         store.verify(manifest)
+
+
+def test_fetch_takes_the_very_checkpoint_that_is_named(place: Place, store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    chosen = save(store, fence, 10)
+    save(store, fence, 20)
+    other = open_again()
+    assert other.fetch(chosen.name.manifest).path.read_bytes() == content(10)
+    damage(place, chosen)
+    with pytest.raises(CheckpointError, match="does not match its hash"):
+        other.fetch(chosen.name.manifest)
+    with pytest.raises(CheckpointError, match="removed meanwhile"):
+        other.fetch(chosen.name.manifest.replace("0010", "0011"))
+    with pytest.raises(CheckpointError, match="no manifest"):
+        other.fetch("last.json")
+
+
+# --- saves that had no time for this store
+
+
+@pytest.fixture
+def refuge(tmp_path: Path) -> Refuge:
+    return Refuge(tmp_path / "disk")  # where the fences of "rclone and disk" are, too: a run has one directory
+
+
+def test_an_emergency_save_is_brought_in_and_resumed_from(
+    place: Place, store: CheckpointStore, open_again: Open, refuge: Refuge
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 10)
+    emergency = save(refuge.open(), fence, 17)
+    assert found(open_again()).manifest.step == 10  # nothing in the store names it
+    assert pointed(place) == 10
+
+    store = open_again()
+    assert [(b.manifest, b.published, b.problem) for b in refuge.bring_to(store)] == [(emergency, True, None)]
+    assert pointed(place) == 17
+    result, fence = take_over(store, attempt=1)
+    assert result is not None
+    assert (result.manifest.step, result.path.read_bytes()) == (17, content(17))
+    assert [n for n in refuge.clear(result.manifest) if "step" in n] == [emergency.name.manifest, emergency.name.data]
+    assert refuge.store.manifests() == []
+    save(store, fence, 20)
+    assert steps(store) == [20, 17, 10]
+
+
+def test_to_bring_it_in_twice_changes_nothing(store: CheckpointStore, open_again: Open, refuge: Refuge) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(refuge.open(), fence, 17)
+    for _ in range(2):
+        assert [b.published for b in refuge.bring_to(open_again())] == [True]
+    assert steps(store) == [17]
+
+
+def test_an_emergency_save_of_a_replaced_attempt_is_not_brought_in(
+    store: CheckpointStore, open_again: Open, refuge: Refuge, tmp_path: Path
+) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 10)
+    take_over(open_again(), attempt=1)
+    if (tmp_path / "disk" / "epoch-0002.json").exists():
+        with pytest.raises(Fenced):  # it even hears of it
+            save(refuge.open(), old, 17)
+        return
+    save(refuge.open(), old, 17)
+    assert [(b.published, b.problem) for b in refuge.bring_to(store)] == [(False, None)]
+    assert found(store).manifest.step == 10
+
+
+def test_a_damaged_emergency_save_is_passed_over(store: CheckpointStore, refuge: Refuge, tmp_path: Path) -> None:
+    _, fence = take_over(store, attempt=0)
+    good = save(refuge.open(), fence, 16)
+    bad = save(refuge.open(), fence, 17)
+    (tmp_path / "disk" / bad.name.data).write_bytes(b"short")
+    brought = list(refuge.bring_to(store))
+    assert [(b.manifest, b.published) for b in brought] == [(bad, False), (good, True)]
+    assert "has 5 bytes" in str(brought[0].problem)
+    assert found(store).manifest.step == 16
+
+
+def test_what_changes_on_its_way_in_is_not_published(store: CheckpointStore, refuge: Refuge, tmp_path: Path) -> None:
+    _, fence = take_over(store, attempt=0)
+    manifest = save(refuge.open(), fence, 17)
+    (tmp_path / "disk" / manifest.name.data).write_bytes(content(18))
+    with pytest.raises(CheckpointCorrupt, match="does not match"):
+        store.adopt(manifest, refuge.store.medium)
+    assert steps(store) == []
+
+
+# --- what the place guarantees
+
+
+def test_weaknesses_of_the_place(place: Place, request: pytest.FixtureRequest, store: CheckpointStore) -> None:
+    expected = {
+        "path": [], "file-url": [], "moto": [],
+        "rclone": ["two attempts that start", "last.json may name"],
+        "rclone and disk": ["last.json may name"],
+    }  # fmt: skip
+    told = store.weaknesses()
+    beginnings = expected[request.node.callspec.params["place"]]
+    assert len(told) == len(beginnings)
+    assert all(sentence.startswith(beginning) for sentence, beginning in zip(told, beginnings, strict=True)), told
+
+
+def test_a_store_that_does_not_exist_says_so(servers: Callable[[str], Server], tmp_path: Path) -> None:
+    options = servers("moto").storage_options
+    store = open_store("s3://no-such-bucket/x", storage_options=options, scratch=tmp_path, patience_s=lambda: 1.0)
+    with pytest.raises(CheckpointError, match="no-such-bucket"):
+        store.weaknesses()
+    with pytest.raises(CheckpointError, match="no-such-bucket"):
+        store.open_epoch(attempt=0, base=None)

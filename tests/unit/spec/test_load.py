@@ -323,9 +323,39 @@ def test_checkpoint_uris(uri: str) -> None:
     assert parse_spec(minimal(checkpoint={"uri": uri})).checkpoint.uri == "/a/b c"
 
 
-@pytest.mark.parametrize("uri", ["s3://b/p", "gs://b", "file://relative", "file:///a?b", "S3://b"])
-def test_checkpoint_uris_of_later_versions(uri: str) -> None:
+@pytest.mark.parametrize("uri", ["s3://bucket/pre fix", "gs://bucket", "S3://bucket/a"])
+def test_object_stores(uri: str) -> None:
+    options = {"endpoint_url": "http://127.0.0.1:9000", "client_kwargs": {"region_name": "x"}}
+    checkpoint = {"uri": uri, "storage_options": options, "scratch": "/local/scratch", "fence": "disk"}
+    spec = parse_spec(minimal(checkpoint=checkpoint), environ={})
+    assert spec.checkpoint.model_dump(include=set(checkpoint)) == checkpoint
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "file://relative", "file:///a?b", "s3://", "s3:///key", "s3://bucket/a?b", "s3://bucket/a#b",
+        "s3://key:secret@bucket/a", "memory://a", "local:///a", "s3://[bucket",
+    ],
+)  # fmt: skip
+def test_checkpoint_uris_that_are_refused(uri: str) -> None:
     assert "checkpoint.uri" in refused(minimal(checkpoint={"uri": uri}))
+
+
+@pytest.mark.parametrize("options", [{"secret": "x"}, {"client_kwargs": {"aws_session_token": "x"}}])
+def test_a_secret_in_storage_options_is_refused_and_not_shown(options: dict[str, Any]) -> None:
+    message = refused(minimal(checkpoint={"uri": "s3://bucket/a", "storage_options": options}))
+    assert "checkpoint.storage_options" in message
+    assert "`secrets`" in message
+
+
+@pytest.mark.parametrize("given", [{"storage_options": {"anon": True}}, {"scratch": "/scratch"}])
+def test_options_of_object_stores_with_a_directory_are_refused(given: dict[str, Any]) -> None:
+    assert f"checkpoint.{next(iter(given))}" in refused(minimal(checkpoint={"uri": "/shared/a", **given}))
+
+
+def test_scratch_is_absolute() -> None:
+    assert "checkpoint.scratch" in refused(minimal(checkpoint={"uri": "s3://bucket/a", "scratch": "here"}))
 
 
 @pytest.mark.parametrize("script", ["/etc/passwd", "../t.py", "."])
