@@ -12,7 +12,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -38,16 +38,17 @@ def managed_environment(run_dir: Path, *, attempt: int) -> dict[str, str]:
     }
 
 
-def torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
-    """The variables torchrun sets, for ranks on one machine."""
+def torchrun_environment(rank: int, world_size: int, port: int, *, ranks_per_node: int | None = None) -> dict[str, str]:
+    """The variables torchrun sets; the nodes, if there are several, are all this machine."""
     if world_size == 1:
         return {}
+    per_node = ranks_per_node or world_size
     return {
         "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+        "LOCAL_RANK": str(rank % per_node),
         "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "GROUP_RANK": "0",
+        "LOCAL_WORLD_SIZE": str(per_node),
+        "GROUP_RANK": str(rank // per_node),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "test",
@@ -84,6 +85,8 @@ def run_ranks(
     *,
     world_size: int,
     attempt: int,
+    ranks_per_node: int | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> list[int]:
     """Run `body` as every rank of one attempt and return the exit codes by rank (negative: the signal that killed it).
 
@@ -94,7 +97,11 @@ def run_ranks(
     port = free_port()
     pids = []
     for rank in range(world_size):
-        environment = managed_environment(run_dir, attempt=attempt) | torchrun_environment(rank, world_size, port)
+        environment = {
+            **managed_environment(run_dir, attempt=attempt),
+            **torchrun_environment(rank, world_size, port, ranks_per_node=ranks_per_node),
+            **(variables or {}),
+        }
         pid = os.fork()
         if pid == 0:
             _become(body, environment, run_dir / f"output-{attempt}-{rank}.txt")

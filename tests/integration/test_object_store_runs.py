@@ -1,0 +1,168 @@
+"""Training whose checkpoints lie in an object store, on both kinds of S3 servers: exact resume, other nodes, fences."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.checkpoint import open_store, take_over
+from orchestrator.integrations.torch import agree, resume_path
+from orchestrator.paths import RunPaths
+from orchestrator.registry import read_events
+from orchestrator.worker.session import Session
+from tests.integration.forked import outputs, run_ranks
+from tests.integration.test_exact_loops import assert_exact
+from tests.integration.toy import Toy, train, verdict
+from tests.objects.servers import KEY, KINDS, SECRET, Server, serving
+from tests.polling import poll
+
+pytestmark = pytest.mark.slow
+
+CONTENT = b"the state of step 10" * 1000
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(request.param, tmp_path_factory.mktemp(request.param)) as running:
+        yield running
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A run with its checkpoints in a bucket: what its agent would tell its ranks."""
+
+    run_dir: Path
+    server: Server
+    url: str
+    fence: str = "store"
+
+    def plan(self) -> None:
+        path = RunPaths(self.run_dir).agent_plan
+        path.parent.mkdir(parents=True)
+        checkpoint = {
+            "every_steps": 5, "scratch": str(self.run_dir / "scratch"), "fence": self.fence,
+            "storage_options": {"endpoint_url": self.server.endpoint},
+        }  # fmt: skip
+        path.write_text(json.dumps({"checkpoint": checkpoint}))
+        (self.run_dir / "scratch").mkdir()
+
+    @property
+    def variables(self) -> dict[str, str]:
+        return {"ORCH_CHECKPOINT_URI": self.url, "AWS_ACCESS_KEY_ID": KEY, "AWS_SECRET_ACCESS_KEY": SECRET}
+
+    def names(self) -> list[str]:
+        found = self.server.files().ls(self.url.removeprefix("s3://"), detail=False, refresh=True)
+        return [str(path).rpartition("/")[2] for path in found]
+
+    def on_disk(self) -> list[str]:
+        directory = self.run_dir / "checkpoints"
+        return sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+
+
+@pytest.fixture
+def remote(server: Server, tmp_path: Path) -> Remote:
+    run = Remote(tmp_path / "run-1", server, f"s3://{server.new_bucket()}/pre fix/run-1")
+    run.plan()
+    return run
+
+
+def ended_well(codes: list[int], run_dir: Path, attempt: int) -> None:
+    assert set(codes) == {0}, outputs(run_dir, attempt)
+
+
+def test_a_run_stopped_twice_is_exact(remote: Remote, tmp_path: Path) -> None:
+    untouched = tmp_path / "untouched"
+    ended_well(run_ranks(partial(train, Toy(), untouched), untouched, world_size=2, attempt=0), untouched, 0)
+    run_dir = remote.run_dir
+    for number, toy in enumerate([Toy(at=3), Toy(at=12, signal=signal.SIGTERM), Toy()]):
+        codes = run_ranks(
+            partial(train, toy, run_dir), run_dir, world_size=2, attempt=number, variables=remote.variables
+        )
+        ended_well(codes, run_dir, number)
+        if toy.at is not None:
+            saved = verdict(run_dir, number)
+            assert saved["outcome"] == "saved"
+            # In a hurry, to the disk: the store's answer is not waited for, and its pointer does not name it.
+            assert saved["checkpoint"].startswith(str(run_dir / "checkpoints"))
+            assert Path(saved["checkpoint"]).name not in remote.names()
+    assert_exact(untouched, run_dir)
+    assert remote.on_disk() == []  # all brought in
+    left = {path.name.partition(".")[0] for path in (run_dir / "scratch").glob("*/*")}
+    assert left == {"attempt-002"}  # it left by os._exit, not as an interpreter does: see test_scratch.py
+    resumed = [event for event in read_events(RunPaths(run_dir)) if event["event"] == "resumed"]
+    assert [event["step"] for event in resumed] == [verdict(run_dir, number)["step"] for number in (0, 1)]
+    assert all(event["checkpoint"].startswith(remote.url) for event in resumed)
+
+
+def commit_one(remote: Remote) -> None:
+    options = remote.server.storage_options
+    store = open_store(remote.url, storage_options=options, scratch=remote.run_dir / "made")
+    _, fence = take_over(store, attempt=0)
+    store.commit(fence, lambda file: file.write(CONTENT), step=10, epoch=0, world_size=1)
+
+
+def note_resume_path(run_dir: Path, broken_rank: int | None = None) -> None:
+    """A rank that notes where it would resume from, and whether the file is there."""
+    rank = int(os.environ["RANK"])
+    session = Session.start(agree=agree)
+    if rank == broken_rank:  # a node whose disk is full, say
+        session.fetch = lambda name: session.store.fetch(name + "x").path  # type: ignore[method-assign]
+    try:
+        with session.guard():
+            path = resume_path(session)
+        assert path is not None
+        (run_dir / f"found-{rank}.json").write_text(json.dumps([path, Path(path).read_bytes() == CONTENT]))
+    finally:
+        (run_dir / f"through-{rank}").touch()
+        if rank == 0:  # it hosts the key-value store
+            poll(lambda: len(list(run_dir.glob("through-*"))) == 4, "the other ranks", timeout=60)
+
+
+def found(run_dir: Path) -> list[Any]:
+    return [json.loads((run_dir / f"found-{rank}.json").read_text()) for rank in range(4)]
+
+
+def test_every_node_fetches_one_copy(remote: Remote) -> None:
+    commit_one(remote)
+    run_dir = remote.run_dir
+    codes = run_ranks(
+        partial(note_resume_path, run_dir), run_dir,
+        world_size=4, attempt=1, ranks_per_node=2, variables=remote.variables,
+    )  # fmt: skip
+    ended_well(codes, run_dir, 1)
+    paths = [path for path, same in found(run_dir) if same]
+    assert len(paths) == 4
+    assert paths[0] == paths[1]
+    assert paths[2] == paths[3]
+    assert paths[0] != paths[2]
+
+
+def test_a_node_that_cannot_fetch_says_so_on_all_its_ranks(remote: Remote) -> None:
+    commit_one(remote)
+    run_dir = remote.run_dir
+    codes = run_ranks(
+        partial(note_resume_path, run_dir, broken_rank=2), run_dir,
+        world_size=4, attempt=1, ranks_per_node=2, variables=remote.variables,
+    )  # fmt: skip
+    assert codes[2] != 0
+    assert codes[3] != 0
+    assert "the first rank of this node could not fetch the checkpoint" in outputs(run_dir, 1)
+    failed = json.loads((run_dir / "verdict-001.rank2.json").read_text())
+    assert (failed["outcome"], failed["reason"]) == ("failed", "checkpoint_failure")
+
+
+def test_a_weak_store_is_named_once_an_attempt(remote: Remote) -> None:
+    run_dir = remote.run_dir
+    codes = run_ranks(partial(train, Toy(), run_dir), run_dir, world_size=1, attempt=0, variables=remote.variables)
+    ended_well(codes, run_dir, 0)
+    told = [event["message"] for event in read_events(RunPaths(run_dir)) if event.get("action") == "weak_store"]
+    assert len(told) == (0 if remote.server.kind == "moto" else 2)
+    assert not any(name.startswith(".orch-probe") for name in remote.names())
