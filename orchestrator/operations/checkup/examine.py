@@ -34,15 +34,18 @@ from orchestrator.operations.checkup.slurm_text import (
     parse_partitions,
     parse_table,
 )
+from orchestrator.operations.checkup.store import store_findings
 from orchestrator.operations.checkup.target import Target, target_of_site, target_of_spec
 from orchestrator.operations.submission import SpecLike, load
 from orchestrator.worker.probe.disk import DiskFacts
 from orchestrator.worker.probe.engine import EngineFacts
+from orchestrator.worker.probe.store import StoreFacts
 
 _SLURM_S = 15.0  # per question; after the first without an answer no other is asked
 _ACCOUNTING_S = 10.0
 _DISK_S = 20.0  # a dead file server never answers
 _ENGINE_S = 30.0
+_STORE_S = 60.0
 _QUOTA_S = 5.0
 _LEFT_OUT = "partitions, signals and accounting were not looked at"
 
@@ -75,6 +78,7 @@ def doctor(
     findings.append(python_finding(target, ask_interpreter(target.python, run)))
     findings += _examine_engine(target, run)
     findings += _judge_disks(target, disks, answers, on_node, run)
+    findings += _examine_store(target, run)
     findings.append(_examine_caches(target, run))
     findings += limit_findings()
     if on_node is not None:
@@ -227,6 +231,18 @@ def _quota(run: Runner) -> str:
         return run(["quota", "-w", "-p"], timeout_s=_QUOTA_S).stdout
     except BackendError:
         return ""
+
+
+def _examine_store(target: Target, run: Runner) -> Iterator[Finding]:
+    if target.object_store is None:
+        return
+    try:
+        answer = _probe({"store": target.object_store}, run, _STORE_S)["store"]
+    except BackendError as error:
+        facts = StoreFacts(str(target.object_store["uri"]), error=f"the object store gave no answer: {error.message}")
+    else:
+        facts = StoreFacts(**{**answer, "weaknesses": tuple(answer["weaknesses"])})
+    yield from store_findings(facts)
 
 
 def _examine_caches(target: Target, run: Runner) -> Finding:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 from typing import Any
 
-from orchestrator.errors import BackendError, ContainerError, RegistryError
+from orchestrator.errors import BackendError, CheckpointError, ContainerError, RegistryError
 
 
 class Level(StrEnum):
@@ -24,6 +24,7 @@ class Family(IntEnum):
     SCHEDULER = BackendError.exit_code
     CONTAINER = ContainerError.exit_code
     DISK = RegistryError.exit_code
+    STORE = CheckpointError.exit_code
 
 
 @dataclass(frozen=True)

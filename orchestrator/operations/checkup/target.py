@@ -6,7 +6,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from orchestrator.paths import parse_url
 
 if TYPE_CHECKING:
     from orchestrator.spec import JobSpec, SiteProfile
@@ -26,6 +28,7 @@ class Target:
     image: str | None
     root: Path
     checkpoints: Path | None  # when elsewhere than below the root
+    object_store: Mapping[str, Any] | None  # uri, storage_options and fence, when checkpoints go there
     lead_time_s: int
     signal: str
     time_s: int | None
@@ -46,7 +49,8 @@ class Target:
 
 def target_of_spec(spec: JobSpec, root: Path, partition: str | None, environ: Mapping[str, str]) -> Target:
     """What this spec would get."""
-    uri = None if spec.checkpoint.uri is None else Path(spec.checkpoint.uri)
+    remote = parse_url(spec.checkpoint.uri or "") is not None
+    uri = None if remote or spec.checkpoint.uri is None else Path(spec.checkpoint.uri)
     chosen = partition or spec.slurm.partition
     # A local agent without a container hands its own environment on; Slurm jobs and containers do not get the login's.
     inherits = spec.backend == "local" and spec.container.runtime == "none"
@@ -59,6 +63,7 @@ def target_of_spec(spec: JobSpec, root: Path, partition: str | None, environ: Ma
         image=spec.container.image,
         root=root,
         checkpoints=None if uri is None or uri.is_relative_to(root) else uri,
+        object_store=spec.checkpoint.model_dump(include={"uri", "storage_options", "fence"}) if remote else None,
         lead_time_s=int(spec.preemption.lead_time),
         signal=spec.preemption.signal,
         time_s=None if spec.resources.time is None else int(spec.resources.time),
@@ -89,6 +94,7 @@ def target_of_site(site: SiteProfile, root: Path, partition: str | None, environ
         image=None,
         root=root,
         checkpoints=None,
+        object_store=None,
         lead_time_s=int(defaults.lead_time),
         signal=defaults.signal,
         time_s=None,

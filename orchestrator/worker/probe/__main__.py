@@ -3,6 +3,8 @@
 {"disks": [PATH…]}                                   a DiskFacts each
 {"spaces": [PATH…]}                                  [free bytes, mount point] each
 {"engine": {"image": IMAGE | null}}                  EngineFacts
+{"store": {"uri": URL, "storage_options": {…}, "fence": "store" | "disk"}}
+                                                     StoreFacts
 {"node": {"meeting": DIR, "nonce": TEXT, "engine": BOOL, "image": IMAGE | null}}
                                                      NodeFacts; with engine EngineFacts, from a container if IMAGE
 """
@@ -21,6 +23,7 @@ from orchestrator.worker.node import NodeDirectory, node_root
 from orchestrator.worker.probe.disk import measure_space, probe_disk
 from orchestrator.worker.probe.engine import probe_container, probe_engine
 from orchestrator.worker.probe.node import probe_node
+from orchestrator.worker.probe.store import probe_store
 
 
 def answer(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, Any]:
@@ -32,6 +35,8 @@ def answer(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
         facts["spaces"] = [list(measure_space(Path(path))) for path in request["spaces"]]
     if "engine" in request:
         facts["engine"] = asdict(probe_engine(request["engine"]["image"]))
+    if "store" in request:
+        facts["store"] = asdict(probe_store(request["store"]))
     if "node" in request:
         facts |= _on_node(request["node"], environ)
     return facts

@@ -18,6 +18,7 @@ TARGET = Target(
     image=None,
     root=Path("/shared/orch"),
     checkpoints=None,
+    object_store=None,
     lead_time_s=120,
     signal="USR1",
     time_s=None,
