@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.checkpoint.manifest import POINTER, Manifest
+from orchestrator.checkpoint.lineage import Fence
+from orchestrator.checkpoint.manifest import MANIFEST_SUFFIX, POINTER, CheckpointName, Manifest
 from orchestrator.checkpoint.posix import PosixStore
 from orchestrator.checkpoint.protocol import CheckpointStore, Reading
 
@@ -30,6 +31,7 @@ class Refuge:
 
     def __init__(self, directory: Path) -> None:
         self.store = PosixStore(directory)
+        self._damaged: set[CheckpointName] = set()
 
     def open(self) -> PosixStore:
         """The store, with its directory made. Raises CheckpointError."""
@@ -43,15 +45,21 @@ class Refuge:
         """Publish the newest usable one in `store`. Older ones would change nothing. Raises CheckpointError."""
         for manifest in self.store.manifests():
             problem = self.store.verify(manifest)
+            if problem is not None:
+                self._damaged.add(manifest.name)
             published = problem is None and store.adopt(manifest, self.store.medium, reading=reading)
             yield Brought(manifest, published, problem)
             if published:
                 return
 
-    def clear(self, newest: Manifest) -> list[str]:
-        """Remove all that `newest`, which is verified in the object store, has overtaken; returns the names."""
-        saves = self.store.manifests()
-        overtaken = [m.name for m in saves if m.rank <= newest.rank]
-        if saves and len(overtaken) == len(saves):
+    def clear(self, fence: Fence) -> list[str]:
+        """Remove what earlier attempts left, when the attempt of `fence` has a verified base; returns the names.
+
+        What was brought in is that base or older, and everything beyond it is dead from now on. Damaged ones stay.
+        """
+        names = self.store.medium.names()
+        saves = [name for n in names if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
+        old = [name for name in saves if name.fence_epoch < fence.epoch and name not in self._damaged]
+        if saves and len(old) == len(saves):
             self.store.medium.remove([POINTER])  # else it would name nothing
-        return self.store.discard(overtaken)
+        return self.store.discard(old)

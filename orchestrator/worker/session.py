@@ -299,7 +299,7 @@ class Session:
             self.last_manifest = found.manifest
             self._position = (found.manifest.step, found.manifest.epoch)
             if self._refuge is not None:
-                self._refuge.clear(found.manifest)
+                self._refuge.clear(self._fence)
             self.event(
                 "resumed",
                 step=found.manifest.step,

@@ -585,7 +585,7 @@ def test_an_emergency_save_is_brought_in_and_resumed_from(
     result, fence = take_over(store, attempt=1)
     assert result is not None
     assert (result.manifest.step, result.path.read_bytes()) == (17, content(17))
-    assert [n for n in refuge.clear(result.manifest) if "step" in n] == [emergency.name.manifest, emergency.name.data]
+    assert [n for n in refuge.clear(fence) if "step" in n] == [emergency.name.manifest, emergency.name.data]
     assert refuge.store.manifests() == []
     save(store, fence, 20)
     assert steps(store) == [20, 17, 10]
@@ -611,7 +611,11 @@ def test_an_emergency_save_of_a_replaced_attempt_is_not_brought_in(
         return
     save(refuge.open(), old, 17)
     assert [(b.published, b.problem) for b in refuge.bring_to(store)] == [(False, None)]
-    assert found(store).manifest.step == 10
+    result, fence = take_over(open_again(), attempt=2)
+    assert result is not None
+    assert result.manifest.step == 10
+    assert refuge.clear(fence) != []  # nobody will ever need it
+    assert refuge.store.manifests() == []
 
 
 def test_a_damaged_emergency_save_is_passed_over(store: CheckpointStore, refuge: Refuge, tmp_path: Path) -> None:
@@ -622,7 +626,12 @@ def test_a_damaged_emergency_save_is_passed_over(store: CheckpointStore, refuge:
     brought = list(refuge.bring_to(store))
     assert [(b.manifest, b.published) for b in brought] == [(bad, False), (good, True)]
     assert "has 5 bytes" in str(brought[0].problem)
-    assert found(store).manifest.step == 16
+    result, fence = take_over(store, attempt=1)
+    assert result is not None
+    assert result.manifest.step == 16
+    refuge.clear(fence)
+    left = [name for name in refuge.store.medium.names() if name.startswith("step-")]
+    assert sorted(left) == [bad.name.data, bad.name.manifest]  # for whoever may mend it
 
 
 def test_what_changes_on_its_way_in_is_not_published(store: CheckpointStore, refuge: Refuge, tmp_path: Path) -> None:
