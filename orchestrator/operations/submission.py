@@ -375,6 +375,7 @@ def start(
     paths = record.paths
     first = record.submission is None and record.last_attempt is None
     code_hash = snapshot if isinstance(snapshot, str) else snapshot.code_hash
+    _refuse_to_leave_checkpoints(spec, record)
     awaited = settle(full_ids(spec.after, root, paths.run_dir.name), root, paths.run_dir.name, backend)
     spec = spec.model_copy(update={"after": awaited.run_ids})
     plan = render(spec, paths, root, code_hash, record, awaited)
@@ -400,6 +401,21 @@ def start(
         summary=summarise(spec),
         warnings=_remembered(paths, root, environ),
     )
+
+
+def _refuse_to_leave_checkpoints(spec: JobSpec, record: Record) -> None:
+    """checkpoint.uri is not part of a run's identity, but a run that looks elsewhere would begin at the beginning."""
+    from orchestrator.spec import load_spec
+
+    if record.newest("checkpoint_committed") is None:
+        return
+    begun, wanted = load_spec(record.paths.spec).checkpoint.uri, spec.checkpoint.uri
+    if begun != wanted:
+        raise RefusedError(
+            f"{record.run_id} has its checkpoints in {begun or 'its run directory'}, and checkpoint.uri now says "
+            f"{wanted or 'the run directory'}: it would begin at the beginning",
+            hint="leave checkpoint.uri as it is, or begin another run:  orch submit … --new",
+        )
 
 
 def _perhaps_queued(paths: RunPaths) -> bool:

@@ -224,6 +224,22 @@ def test_resume_refuses_what_would_be_another_run(world: World, override: str, n
     assert world.status(run).state is JobState.NEEDS_RESUME
 
 
+def test_a_run_is_not_sent_away_from_its_checkpoints(world: World, tmp_path: Path) -> None:
+    run = world.ended("needs_resume", "preempted")
+    elsewhere = f"checkpoint.uri={tmp_path}/elsewhere"
+    world.resume(run, overrides=[elsewhere])  # nothing is lost yet
+    world.backend.set("102", SchedulerState.ENDED, "COMPLETED")
+    agent = FakeAgent(world.paths(run))
+    agent.begin(1, job_id="102")
+    agent.end("needs_resume", "preempted")
+    EventLog(world.paths(run), "rank0-001", attempt=1).append("checkpoint_committed", step=10, epoch=0, path="x")
+    with pytest.raises(RefusedError, match="its run directory|elsewhere, and checkpoint.uri now says s3://bucket/x"):
+        world.resume(run, overrides=["checkpoint.uri=s3://bucket/x"])
+    with pytest.raises(RefusedError, match="now says the run directory"):
+        world.submit()
+    assert world.resume(run).action == "resumed"
+
+
 def test_resume_of_what_runs_or_is_done_does_nothing(world: World) -> None:
     run, agent = world.running()
     assert world.resume(run).action == "already_running"
