@@ -42,15 +42,20 @@ def fsync_dir(path: Path | str) -> None:
 
 @contextmanager
 def open_atomic(
-    path: Path | str, *, mode: int = 0o644, trace: Callable[[str], None] | None = None
+    path: Path | str,
+    *,
+    mode: int = 0o644,
+    trace: Callable[[str], None] | None = None,
+    temporary: Path | None = None,
 ) -> Iterator[BinaryIO]:
     """Yield a file that replaces `path` when the block ends: temp sibling → fsync → rename → fsync(directory).
 
     If the block raises, `path` stays as it was and the temporary file is removed. `trace` is told `create`, `fsync`,
-    `rename` and `dirsync` just before each is done. Raises OSError.
+    `rename` and `dirsync` just before each is done. `temporary`: a name of the caller's in the same directory. Raises
+    OSError.
     """
     target = Path(path)
-    temporary = temporary_sibling(target)
+    temporary = temporary or temporary_sibling(target)
     note = trace or _untraced
     try:
         note("create")

@@ -9,6 +9,7 @@
 docs/exact-resume.md, section 3, explains each.
 """
 
+from orchestrator.integrations.lightning.atomic_io import AtomicCheckpointIO
 from orchestrator.integrations.lightning.callback import ExactResume
 from orchestrator.integrations.lightning.checkpoint_io import SessionCheckpointIO
 from orchestrator.integrations.lightning.logger import RunLogger
@@ -16,6 +17,7 @@ from orchestrator.integrations.randomness import SeededDataset, exact_loader_opt
 from orchestrator.integrations.sampler import ExactBatchSampler
 
 __all__ = [
+    "AtomicCheckpointIO",
     "ExactBatchSampler",
     "ExactResume",
     "RunLogger",
