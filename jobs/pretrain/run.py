@@ -93,6 +93,7 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
     from jobs.pretrain.logger import EpochLogger
     from jobs.pretrain.record import describe_data
     from orchestrator.integrations.lightning import ExactResume, exact_loader_options
+    from orchestrator.integrations.lightning.starting_point import find_checkpoint
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     if settings.deterministic:
@@ -105,8 +106,10 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
         raise SpecError(
             f"{len(data)} images do not fill one batch of {settings.batch_size}", hint="use a smaller batch_size"
         )
+    if settings.start_from is not None and not session.paths.environment.exists():
+        find_checkpoint(settings.start_from)  # a wrong name must not become the settings of this run directory
     seed = _record_attempt(session, settings, describe_data(data.names))
-    exact = ExactResume(seed=seed, session=session)
+    exact = ExactResume(seed=seed, session=session, start_from=settings.start_from)
     sampler = exact.batch_sampler(len(data), settings.batch_size)
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, **exact_loader_options(settings.num_workers))
     method = build_method(
@@ -170,9 +173,8 @@ def _record_attempt(session: Session, settings: PretrainSettings, data: dict[str
 
 def _log_start(session: Session, ckpt_path: str | None) -> None:
     if session.is_chief:
-        log.info(
-            "starting from %s", "the beginning" if ckpt_path is None else f"{ckpt_path} (step {session.resumed_step})"
-        )
+        at = "" if session.resumed_step is None else f" (step {session.resumed_step})"
+        log.info("starting from %s", "the beginning" if ckpt_path is None else f"{ckpt_path}{at}")
 
 
 def _trainer(session: Session, settings: PretrainSettings, **options: Any) -> Any:

@@ -54,6 +54,7 @@ class PretrainSettings(_Section):
 
     data: StrictStr | tuple[StrictStr, ...]
     out: StrictStr | None = None
+    start_from: StrictStr | None = None
     method: Literal["simclr"] = "simclr"
     method_args: dict[str, Any] = Field(default_factory=dict)
     model: StrictStr = "orch/resnet9"

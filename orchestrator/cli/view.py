@@ -72,7 +72,9 @@ def _attempt(attempt: Attempt, status: RunStatus, now: float) -> Line:
 
 def _work(attempt: Attempt) -> str:
     parts: list[str] = []
-    if attempt.resumed_step:
+    if attempt.start_from is not None:
+        parts.append(f"started at step {count(attempt.resumed_step or 0)} from {attempt.start_from}")
+    elif attempt.resumed_step:
         parts.append(f"resumed from step {count(attempt.resumed_step)} (verified)")
     if attempt.ended is not None and attempt.step_end is not None:
         if attempt.saved_in_s is not None:

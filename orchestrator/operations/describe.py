@@ -156,17 +156,18 @@ def _certificate(path: Path) -> dict[str, Any] | None:
 
 
 def _attempts(record: Record, standing: Standing) -> tuple[Attempt, ...]:
-    resumed = {event.get("attempt"): event.get("step") for event in record.events if event.get("event") == "resumed"}
+    resumed = {event.get("attempt"): event for event in record.events if event.get("event") == "resumed"}
     rows = [
-        _attempt(row, _integer(resumed.get(row["attempt"])))
+        _attempt(row, resumed.get(row["attempt"], {}))
         for row in record.attempts
         if _integer(row.get("attempt")) is not None
     ]
     return tuple(_with_losses(row, rows[index + 1 :], record, standing) for index, row in enumerate(rows))
 
 
-def _attempt(row: Mapping[str, Any], resumed_step: int | None) -> Attempt:
+def _attempt(row: Mapping[str, Any], resumed: Mapping[str, Any]) -> Attempt:
     """A row of the sidecar; it learns where the attempt began only at its end, the `resumed` event knows at once."""
+    resumed_step = _integer(resumed.get("step"))
     start = _integer(row.get("step_start"))
     return Attempt(
         number=int(row["attempt"]),
@@ -180,6 +181,7 @@ def _attempt(row: Mapping[str, Any], resumed_step: int | None) -> Attempt:
         step_end=_integer(row.get("step_end")),
         saved_in_s=_float(row.get("saved_in_s")),
         resumed_step=resumed_step,
+        start_from=resumed.get("start_from"),
         exit_code=_integer(row.get("exit_code")),
     )
 

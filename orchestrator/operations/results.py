@@ -102,6 +102,7 @@ class Attempt:
     saved_in_s: float | None = None
     steps_lost: int | None = None
     resumed_step: int | None = None
+    start_from: str | None = None  # the checkpoint of somebody else's training that it began with
     exit_code: int | None = None
 
 

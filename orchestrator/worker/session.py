@@ -330,6 +330,11 @@ class Session:
             elif brought.published:
                 self.event("action", action="pushed", step=brought.manifest.step, path=path)
 
+    def started_from(self, path: str, *, step: int, epoch: int) -> None:
+        """This run has no checkpoint of its own and begins with one that was written elsewhere."""
+        self._position = (step, epoch)
+        self.event("resumed", step=step, epoch=epoch, from_attempt=None, checkpoint=path, start_from=path, skipped=[])
+
     def commit(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> Manifest:
         """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands."""
         if self._fence is None:

@@ -177,6 +177,28 @@ def test_a_finished_run_is_found_finished_and_keeps_its_settings(
     assert "use batch_size 32" in outputs(tmp_path / "odd", 0)
 
 
+def test_a_run_begins_with_the_checkpoint_of_another(
+    settings: PretrainSettings, reference: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """The first run ends after two of four epochs; the second has its own settings record and metrics.csv."""
+    gone, ours = tmp_path / "gone.ckpt", tmp_path / "ours"
+    codes = run_ranks(partial(_command, settings, start_from=str(gone)), ours, world_size=2, attempt=0)
+    assert set(codes) == {5}
+    assert "there is no such file" in verdict(ours, 0)["message"]
+    theirs = tmp_path / "theirs"
+    stop = Interruption(theirs, 0, STEPS // 2, signal.SIGUSR1)
+    assert run_ranks(partial(run_interrupted, settings, stop), theirs, world_size=2, attempt=0) == [0, 0]
+    begun = verdict(theirs, 0)["step"]
+    elsewhere = settings.model_copy(update={"start_from": str(theirs / "checkpoints")})
+    assert run_ranks(partial(run, elsewhere), ours, world_size=2, attempt=1) == [0, 0], outputs(ours, 1)
+    [resumed] = [event for event in read_events(RunPaths(ours)) if event["event"] == "resumed"]
+    assert resumed["step"] == begun
+    assert str(theirs / "checkpoints") in resumed["start_from"]
+    exported = [run_dir / "exported_models" / "exported_last.pt" for run_dir in (reference(2), ours)]
+    assert exported[0].read_bytes() == exported[1].read_bytes()
+    assert differences(optimizer_state(reference(2)), optimizer_state(ours)) == []
+
+
 def test_a_seed_drawn_once_is_used_again(settings: PretrainSettings, tmp_path: Path) -> None:
     unseeded = settings.model_copy(update={"seed": None, "epochs": 1})
     stop = Interruption(tmp_path, 0, 3, signal.SIGUSR1)

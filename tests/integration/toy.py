@@ -152,6 +152,24 @@ class SaveInHook(pl.Callback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def trainer_options(toy: Toy, run_dir: Path, world_size: int) -> dict[str, Any]:
+    return {
+        "accelerator": "cpu",
+        "devices": world_size,
+        "strategy": DDPStrategy(process_group_backend="gloo") if world_size > 1 else "auto",
+        "max_steps": toy.max_steps,
+        "accumulate_grad_batches": toy.accumulate,
+        "val_check_interval": toy.validate_every,
+        "limit_val_batches": 1.0 if toy.validation else 0,
+        "num_sanity_val_steps": 0,
+        "log_every_n_steps": 1,
+        "use_distributed_sampler": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "default_root_dir": run_dir,
+    }
+
+
 def train(toy: Toy, run_dir: Path) -> None:
     """One attempt, in this process; ends it when interrupted."""
     torch.set_num_threads(1)
@@ -161,25 +179,12 @@ def train(toy: Toy, run_dir: Path) -> None:
         SeededDataset(Noisy(), seed=7), batch_sampler=sampler, **exact_loader_options(toy.workers)
     )
     validation = torch.utils.data.DataLoader(Noisy(), batch_size=20)
-    world_size = exact.session.world_size
     trainer = pl.Trainer(
-        accelerator="cpu",
-        devices=world_size,
-        strategy=DDPStrategy(process_group_backend="gloo") if world_size > 1 else "auto",
+        **trainer_options(toy, run_dir, exact.session.world_size),
         max_epochs=EPOCHS if toy.max_steps < 0 else -1,
-        max_steps=toy.max_steps,
-        accumulate_grad_batches=toy.accumulate,
-        val_check_interval=toy.validate_every,
-        limit_val_batches=1.0 if toy.validation else 0,
-        num_sanity_val_steps=0,
-        log_every_n_steps=1,
         logger=RunLogger(exact.session),
         callbacks=[exact, SaveInHook(toy, run_dir)],
-        use_distributed_sampler=False,
         enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=run_dir,
     )
     module = ToyModule(toy, run_dir)
     if toy.at == BEFORE_THE_FIRST_STEP:

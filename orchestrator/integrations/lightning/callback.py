@@ -27,16 +27,19 @@ from orchestrator.integrations.lightning.checks import check_lightning_version, 
 from orchestrator.integrations.lightning.ddp import needs_settling, settle_buckets
 from orchestrator.integrations.lightning.logger import RunLogger
 from orchestrator.integrations.lightning.loop_state import (
+    adopt_fit_loop,
     boundary,
     canonical_fit_loop,
+    count_steps,
     epoch_is_open,
     forget_finished_epoch,
     position,
 )
 from orchestrator.integrations.lightning.signals import LightningSignals
+from orchestrator.integrations.lightning.starting_point import Start, explain, starting_point
 from orchestrator.integrations.randomness import seed_step
 from orchestrator.integrations.sampler import ExactBatchSampler
-from orchestrator.integrations.torch import Agreement, RankTimes, SaveSchedule, agree, resume_path
+from orchestrator.integrations.torch import Agreement, RankTimes, SaveSchedule, agree
 from orchestrator.worker.session import CheckpointSettings, Session
 
 log = logging.getLogger("orchestrator.integrations.lightning")
@@ -53,6 +56,8 @@ class ExactResume(Callback):
         session: where this process runs; by default as the environment says (collective where `orch` did not start it).
         out: run directory outside `orch submit`; by default `./orch_runs/runs/<run id>`.
         settings: when to save outside `orch submit`.
+        start_from: a checkpoint of a plain Lightning Trainer, or the directory it lies in: where a run begins that has
+            no checkpoint of its own yet.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class ExactResume(Callback):
         session: Session | None = None,
         out: Path | str | None = None,
         settings: CheckpointSettings | None = None,
+        start_from: Path | str | None = None,
     ) -> None:
         check_lightning_version()
         self.session = session or Session.start(
@@ -69,6 +75,8 @@ class ExactResume(Callback):
         )
         self.session.install_signal_handlers()
         self.seed = seed
+        self._start_from = start_from
+        self._foreign_loaded = False
         self._schedule = SaveSchedule(self.session.settings)
         self._throughput = _StepRate()
         self._rank_times = RankTimes()
@@ -91,7 +99,11 @@ class ExactResume(Callback):
     @cached_property
     def ckpt_path(self) -> str | None:
         """The checkpoint to start from, the same on every rank; None for a fresh start. Collective when first read."""
-        return resume_path(self.session)
+        return self._start.path
+
+    @cached_property
+    def _start(self) -> Start:
+        return starting_point(self.session, self._start_from)
 
     def batch_sampler(self, size: int, batch_size: int, *, seed: int | None = None) -> ExactBatchSampler:
         """A batch sampler (global `batch_size`) that this callback puts at the right position."""
@@ -123,15 +135,19 @@ class ExactResume(Callback):
         self._trainer = trainer
         self._signals = LightningSignals(trainer)
         self._signals.take_over()
-        self._io = SessionCheckpointIO(self.session, trainer.strategy.checkpoint_io)
+        # `_start` opens the fence, even where the caller passes another checkpoint
+        self._io = SessionCheckpointIO(self.session, trainer.strategy.checkpoint_io, self._start)
         trainer.strategy.checkpoint_io = self._io
-        _ = self.ckpt_path  # opens the fence, even where the caller passes another checkpoint
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        begins_elsewhere = self._trainer is not None and self._start.foreign  # else it is no fit
+        if begins_elsewhere:
+            self._begin_elsewhere(checkpoint)
         saved = checkpoint.get(STATE_KEY)
         if saved is None:
             return
-        self._schedule.saved(checkpoint["global_step"])
+        if not begins_elsewhere:
+            self._schedule.saved(checkpoint["global_step"])
         for sampler in self._samplers:
             sampler.seek(*saved["position"])
         for logger in _run_loggers(trainer):
@@ -145,11 +161,29 @@ class ExactResume(Callback):
                 self.session.world_size,
             )
 
+    def _begin_elsewhere(self, checkpoint: dict[str, Any]) -> None:
+        """The run's first checkpoint is somebody else's: before the loops are restored from it."""
+        self._foreign_loaded = True
+        path = str(self._start.path)
+        step, epoch = checkpoint["global_step"], checkpoint["epoch"]
+        self.session.started_from(path, step=step, epoch=epoch)
+        if STATE_KEY in checkpoint:
+            return
+        loops = checkpoint["loops"]
+        loops["fit_loop"], at = adopt_fit_loop(loops["fit_loop"])
+        for sampler in self._samplers:
+            sampler.seek(*at)
+        if self.session.is_chief:
+            version = checkpoint.get("legacy_pytorch-lightning_version", checkpoint["pytorch-lightning_version"])
+            log.warning("%s", explain(path, step=step, position=at, version=version))
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for logger in _run_loggers(trainer):
             logger.open()  # cut back even where nothing more is logged
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._start.foreign:
+            self._check_start(trainer)
         self._agreement = Agreement(3, trainer.world_size, self.session.rank)
         self._step = trainer.global_step
         self._max_steps = _max_steps(trainer)
@@ -162,6 +196,21 @@ class ExactResume(Callback):
         if self.session.is_chief:
             for gap in missing_for_exactness(trainer, pl_module, seeded=self.seed is not None):
                 log.warning("a resume will not be exact: %s", gap)
+
+    def _check_start(self, trainer: Trainer) -> None:
+        if not self._foreign_loaded:
+            raise CheckpointError(
+                f"start_from was given, but the trainer did not load {self._start.path}",
+                hint="pass it on: trainer.fit(…, ckpt_path=exact.ckpt_path)",
+            )
+        _epoch, batch = position(trainer)
+        if batch > trainer.num_training_batches:
+            raise CheckpointError(
+                f"{self._start.path} was saved after {batch} batches of an epoch that has "
+                f"{trainer.num_training_batches} here",
+                hint="use the batch size and the data it was made with, or one that was saved at an epoch's end",
+            )
+        count_steps(trainer)
 
     # --- step
 

@@ -7,15 +7,18 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import CheckpointIO
 
+from orchestrator.integrations.lightning.atomic_io import readable
+from orchestrator.integrations.lightning.starting_point import Start, check_content
 from orchestrator.worker.session import Session
 
 
 class SessionCheckpointIO(CheckpointIO):
     """`trainer.save_checkpoint(io.target)` becomes a commit: streamed, hashed, fenced. Lightning calls it on rank 0."""
 
-    def __init__(self, session: Session, inner: CheckpointIO) -> None:
+    def __init__(self, session: Session, inner: CheckpointIO, start: Start | None = None) -> None:
         self._session = session
         self._inner = inner
+        self._foreign = start.path if start is not None and start.foreign else None
         self.target = f"{session.store.uri}/commit"
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
@@ -29,7 +32,11 @@ class SessionCheckpointIO(CheckpointIO):
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         if weights_only is None and str(path).startswith(self._session.store.uri):
             weights_only = True  # ours hold plain types and tensors only
-        return self._inner.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+        with readable(path):
+            loaded = self._inner.load_checkpoint(path, map_location=map_location, weights_only=weights_only)
+        if str(path) == self._foreign:
+            check_content(self._foreign, loaded)
+        return loaded
 
     def remove_checkpoint(self, path: Any) -> None:
         self._inner.remove_checkpoint(path)

@@ -119,6 +119,36 @@ def canonical_fit_loop(state: dict[str, Any], at: Boundary) -> dict[str, Any]:
     return fixed
 
 
+def adopt_fit_loop(state: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, int]]:
+    """The loop state of a plain Trainer in the canonical form, and its position. Pure.
+
+    Lightning's own reading leaves out the end of an epoch that was saved in the hook of its last batch, and counts a
+    step too many after a save in mid-step.
+    """
+    epoch, batch = state["epoch_progress"]["current"], state["epoch_loop.batch_progress"]
+    done = batch["current"]["processed"] if epoch["started"] > epoch["processed"] else None
+    next_has_begun = batch["current"]["ready"] > batch["current"]["processed"]
+    at = Boundary(
+        batches=done,
+        is_last_batch=batch["is_last_batch"] and not next_has_begun,
+        stepped=state["epoch_loop.state_dict"].get("_batches_that_stepped", 0),  # see count_steps
+        validation=Validation.NOT_DUE,
+        accumulating=False,
+    )
+    return canonical_fit_loop(state, at), (epoch["processed"], done or 0)
+
+
+def count_steps(trainer: Trainer) -> None:
+    """Number log rows by the optimizer steps done, after `adopt_fit_loop`; for on_train_start.
+
+    Whether a validation was due is only known now: then the resume counts its step once more.
+    """
+    loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    counted_again = epoch_is_open(trainer) and loop._should_check_val_fx(fetcher) and not loop._should_accumulate()
+    loop._batches_that_stepped = trainer.global_step - counted_again
+
+
 def _all_equal(tracker: dict[str, int], value: int) -> dict[str, int]:
     return dict.fromkeys(tracker, value)
 

@@ -17,6 +17,7 @@ from orchestrator.cli.main import main
 from orchestrator.files import write_json
 from orchestrator.operations import describe
 from orchestrator.operations.checkup.findings import Examined, Family, Finding, Level, SaveSeconds
+from orchestrator.registry import EventLog
 from orchestrator.words import duration, size
 from tests.unit.cli.conftest import Cli, World
 
@@ -250,6 +251,15 @@ def test_status_tells_the_story_of_a_run(cli: Cli, world: World) -> None:
     assert "train/loss  █" in story
     assert "Your work is safe up to step 30 000." in story
     assert f"orch resume {run} --set resources.mem=…" in story
+
+
+def test_status_names_the_foreign_checkpoint_a_run_began_with(cli: Cli, world: World) -> None:
+    run, _agent = world.running()
+    theirs = "/theirs.ckpt"
+    began = {"step": 800, "epoch": 1, "from_attempt": None, "checkpoint": theirs, "start_from": theirs}
+    EventLog(world.paths(run), "rank0-000").append("resumed", attempt=0, **began)
+    assert "started at step 800 from /theirs.ckpt" in cli("status", run).out
+    assert cli("status", run, "--json").document["resumed_from"]["path"] == "/theirs.ckpt"
 
 
 def test_status_json_is_one_document(cli: Cli, world: World) -> None:
