@@ -201,6 +201,36 @@ def test_the_highest_requeue_checkpoint_is_taken(tmp_path: Path) -> None:
     assert loaded(ours / "started-0.pt")["step"] == 10
 
 
+def as_lightning_1(checkpoint: dict[str, Any], version: str) -> None:
+    """What 1.9 called differently; 1.4 kept no loops."""
+    checkpoint["pytorch-lightning_version"] = version
+    if version < "1.5":
+        del checkpoint["loops"]
+        checkpoint["epoch"] = 1  # the next one
+        return
+    loop = checkpoint["loops"]["fit_loop"]
+    for new, old in (
+        ("automatic_optimization", "batch_loop.optimizer_loop"),
+        ("manual_optimization", "batch_loop.manual_loop"),
+    ):
+        for key in [key for key in loop if key.startswith(f"epoch_loop.{new}.")]:
+            loop[key.replace(new, old)] = loop.pop(key)
+    loop["epoch_loop.batch_loop.state_dict"] = {}
+
+
+@pytest.mark.parametrize(("version", "plain"), [("1.9.5", Plain(batch_ends=(3,))), ("1.4.9", Plain(last=True))])
+def test_lightning_migrates_what_an_older_one_wrote(tmp_path: Path, version: str, plain: Plain) -> None:
+    theirs, ours = plainly(plain, tmp_path / "plain"), tmp_path / "ours"
+    file = find_checkpoint(theirs)
+    checkpoint = loaded(file)
+    as_lightning_1(checkpoint, version)
+    torch.save(checkpoint, file)
+    said = attempt(partial(go_on, Toy(), ours, theirs), ours)
+    assert f"of Lightning {version}" in said
+    assert trained(ours) == remaining(checkpoint["global_step"])
+    assert logged_steps(ours) == list(range(checkpoint["global_step"] + 1, STEPS + 1))
+
+
 @pytest.mark.parametrize(("world_size", "step"), [(1, 4), (2, 4), (1, BATCHES)])
 def test_its_own_checkpoint_wins_and_resumes_exactly(tmp_path: Path, world_size: int, step: int) -> None:
     theirs = plainly(Plain(batch_ends=(step - 1,), plugin=True), tmp_path / "plain")

@@ -92,11 +92,17 @@ def verify(path: Path) -> bool:
     with _told(path, "read"):
         path.stat()
         contents = _read_manifest(path)
-        if contents is None:
+        while contents is not None:
+            problems = [
+                Directory(path.parent).examine(entry, committed=lambda: True, reading=None) for entry in contents
+            ]
+            if None in problems:
+                return True
+            before, contents = contents, _read_manifest(path)
+            if contents == before:
+                break  # else it was saved anew since the manifest was read
+        else:
             return False
-        problems = [Directory(path.parent).examine(entry, committed=lambda: True, reading=None) for entry in contents]
-    if None in problems:
-        return True
     problem = problems[0]
     assert problem is not None
     if not problem.certain:

@@ -126,6 +126,11 @@ def adopt_fit_loop(state: dict[str, Any]) -> tuple[dict[str, Any], tuple[int, in
     step too many after a save in mid-step.
     """
     epoch, batch = state["epoch_progress"]["current"], state["epoch_loop.batch_progress"]
+    if (
+        epoch["completed"] > epoch["processed"]
+    ):  # Lightning's migration of 1.5 and older sets the one and reads the other
+        epoch = _all_equal(epoch, epoch["completed"])
+        state = {**state, "epoch_progress": {"total": epoch, "current": epoch}}
     done = batch["current"]["processed"] if epoch["started"] > epoch["processed"] else None
     next_has_begun = batch["current"]["ready"] > batch["current"]["processed"]
     at = Boundary(

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,16 @@ def test_what_a_killed_save_left_is_removed_and_lightning_does_not_count_it(tmp_
     assert _CheckpointConnector.hpc_save_path(str(tmp_path)) == str(tmp_path / "hpc_ckpt_2.ckpt")
     io.save_checkpoint(state(3), hpc)
     assert names(tmp_path) == ["hpc_ckpt_1.ckpt", "hpc_ckpt_1.ckpt.json"]
+
+
+def test_a_reader_beside_a_writer_finds_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "last.ckpt"
+    io.save_checkpoint(state(0), path)
+    with ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(lambda: [io.save_checkpoint(state(step), path) for step in range(200)])
+        while not writing.done():
+            assert verify(path)
+        writing.result()
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 1, "contents": []}', '{"version": 9, "contents": [1]}'])
