@@ -20,6 +20,7 @@ pytestmark = [
 import lightning.pytorch as pl  # noqa: E402
 import torch  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.plugins.io import AsyncCheckpointIO  # noqa: E402
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector  # noqa: E402
 
 from orchestrator.errors import CheckpointCorrupt, CheckpointError  # noqa: E402
@@ -201,15 +202,23 @@ def test_weights_only_is_passed_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("save_last", [True, "link"])
-def test_every_save_of_a_trainer_goes_through_it(tmp_path: Path, save_last: Any) -> None:
+@pytest.mark.parametrize(
+    ("save_last", "plugin"),
+    [
+        (True, AtomicCheckpointIO),
+        ("link", AtomicCheckpointIO),
+        (True, lambda: AsyncCheckpointIO(AtomicCheckpointIO())),
+    ],
+    ids=["copy", "link", "async"],
+)
+def test_every_save_of_a_trainer_goes_through_it(tmp_path: Path, save_last: Any, plugin: Any) -> None:
     def trainer(epochs: int) -> pl.Trainer:
         return pl.Trainer(
             accelerator="cpu",
             max_epochs=epochs,
             logger=False,
             callbacks=[ModelCheckpoint(tmp_path, save_last=save_last)],
-            plugins=[AtomicCheckpointIO()],
+            plugins=[plugin()],
             enable_progress_bar=False,
             enable_model_summary=False,
             default_root_dir=tmp_path,
@@ -219,6 +228,7 @@ def test_every_save_of_a_trainer_goes_through_it(tmp_path: Path, save_last: Any)
     first = trainer(2)
     first.fit(Plain(), loader)
     first.save_checkpoint(first._checkpoint_connector.hpc_save_path(tmp_path))
+    first.strategy.checkpoint_io.teardown()  # a save beside the training ends here
     saved = sorted(path.name for path in tmp_path.glob("*.ckpt"))
     assert saved == ["epoch=1-step=4.ckpt", "hpc_ckpt_1.ckpt", "last.ckpt"]  # that of the first epoch was removed
     assert all(verify(tmp_path / name) for name in saved)
