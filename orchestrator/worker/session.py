@@ -369,6 +369,11 @@ class Session:
             self.store.collect_garbage(self._fence, keep_last=self.settings.keep_last)
         return manifest
 
+    def wrote(self, path: str) -> bool:
+        """Whether the file at `path` is a checkpoint of this run: in its store, or a verified copy on this node."""
+        places = [self.store.uri] if self._scratch is None else [str(self._scratch.parent)]
+        return any(path.startswith(f"{place}/") for place in places)
+
     def checkpoint_path(self, manifest: Manifest) -> str:
         """Where the (first) data file of a manifest lies."""
         return f"{manifest.directory}/{manifest.files[0].name}"

@@ -30,7 +30,7 @@ class SessionCheckpointIO(CheckpointIO):
         )
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
-        if weights_only is None and str(path).startswith(self._session.store.uri):
+        if weights_only is None and self._session.wrote(str(path)):
             weights_only = True  # ours hold plain types and tensors only
         with readable(path):
             loaded = self._inner.load_checkpoint(path, map_location=map_location, weights_only=weights_only)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -233,7 +234,7 @@ def test_a_run_is_not_sent_away_from_its_checkpoints(world: World, tmp_path: Pat
     agent.begin(1, job_id="102")
     agent.end("needs_resume", "preempted")
     EventLog(world.paths(run), "rank0-001", attempt=1).append("checkpoint_committed", step=10, epoch=0, path="x")
-    with pytest.raises(RefusedError, match="its run directory|elsewhere, and checkpoint.uri now says s3://bucket/x"):
+    with pytest.raises(RefusedError, match="now says s3://bucket/x"):
         world.resume(run, overrides=["checkpoint.uri=s3://bucket/x"])
     with pytest.raises(RefusedError, match="now says the run directory"):
         world.submit()
