@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,8 @@ MANIFEST_SUFFIX = ".json"
 CORRUPT_SUFFIX = ".corrupt"
 POINTER = "last.ckpt"
 
-_STEM = re.compile(r"step-(?P<step>\d{9,18})\.e(?P<epoch>\d{4,9})\.(?P<nonce>[0-9a-f]{8,32})")
+_STEM = r"step-(?P<step>\d{9,18})\.e(?P<epoch>\d{4,9})\.(?P<nonce>[0-9a-f]{8,32})"
+_FILE = re.compile(_STEM + r"(?:\.[a-z0-9][a-z0-9-]{0,31})?\.(?:ckpt|json)")
 _TEMPORARY = re.compile(r"\.(?P<final>.+)\.[0-9a-f]{12}\.tmp")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -39,18 +40,23 @@ class CheckpointName:
     @classmethod
     def parse(cls, file_name: str, suffix: str) -> CheckpointName | None:
         """The name in `<stem><suffix>`, or None when the file is something else (pure)."""
-        if not file_name.endswith(suffix):
+        name = cls.of(file_name)
+        return name if name is not None and file_name == name.stem + suffix else None
+
+    @classmethod
+    def of(cls, file_name: str) -> CheckpointName | None:
+        """The checkpoint that this file is a part of, be it state or manifest; None for anything else (pure)."""
+        match = _FILE.fullmatch(file_name)
+        if match is None:
             return None
-        match = _STEM.fullmatch(file_name[: len(file_name) - len(suffix)])
-        return None if match is None else cls(int(match["step"]), int(match["epoch"]), match["nonce"])
+        name = cls(int(match["step"]), int(match["epoch"]), match["nonce"])
+        return name if file_name.startswith(name.stem + ".") else None  # e00002 is not how we write e0002
 
     @classmethod
     def parse_temporary(cls, file_name: str) -> CheckpointName | None:
         """The name in a temporary file of a save (see orchestrator.files.temporary_sibling), else None (pure)."""
         match = _TEMPORARY.fullmatch(file_name)
-        if match is None:
-            return None
-        return cls.parse(match["final"], DATA_SUFFIX) or cls.parse(match["final"], MANIFEST_SUFFIX)
+        return None if match is None else cls.of(match["final"])
 
     @property
     def stem(self) -> str:
@@ -59,8 +65,15 @@ class CheckpointName:
 
     @property
     def data(self) -> str:
-        """File name of the state."""
+        """File name of the state; of its first part, when there are several."""
         return self.stem + DATA_SUFFIX
+
+    def part(self, part: str) -> str:
+        """File name of a further part, `shard-0001.ckpt` or `index.json`. Raises ValueError for what is no part."""
+        file_name = f"{self.stem}.{part}"
+        if CheckpointName.of(file_name) != self or file_name in (self.data, self.manifest):
+            raise ValueError(f"{part!r} is not the name of a part")
+        return file_name
 
     @property
     def manifest(self) -> str:
@@ -148,8 +161,7 @@ def parse_manifest(data: bytes, *, file_name: str, directory: str) -> Manifest:
     if manifest.name.manifest != file_name:
         # A copied or renamed manifest must not be taken for another step: liveness is decided by the name.
         raise CheckpointCorrupt(f"{file_name} says it is {manifest.name.manifest}")
-    for entry in manifest.files:
-        _check_entry(entry, manifest.name)
+    check_files(manifest.files, manifest.name)
     return manifest
 
 
@@ -174,13 +186,19 @@ def _from_fields(fields: Mapping[str, Any], directory: str) -> Manifest:
     )
 
 
-def _check_entry(entry: FileEntry, name: CheckpointName) -> None:
-    # The name ends up in open(): "../../etc/passwd", "/x" and "a/b" must not leave the directory, and another
-    # checkpoint's file must not be quarantined in this one's place.
-    if "/" in entry.name or "\0" in entry.name or not entry.name.startswith(name.stem + "."):
-        raise CheckpointCorrupt(f"{name.manifest} names a file that is not its own: {entry.name!r}")
-    if entry.size < 0 or _SHA256.fullmatch(entry.sha256) is None:
-        raise CheckpointCorrupt(f"{name.manifest} has no usable size and hash for {entry.name}")
+def check_files(files: Sequence[FileEntry], name: CheckpointName) -> None:
+    """Raises CheckpointCorrupt for files that no manifest of that checkpoint may list."""
+    if not files or files[0].name != name.data:
+        raise CheckpointCorrupt(f"{name.manifest} does not begin with {name.data}")
+    if len({entry.name for entry in files}) != len(files):
+        raise CheckpointCorrupt(f"{name.manifest} names a file twice")
+    for entry in files:
+        # The name ends up in open(): "../../etc/passwd", "/x" and "a/b" must not leave the directory, and another
+        # checkpoint's file must not be quarantined in this one's place.
+        if CheckpointName.of(entry.name) != name or entry.name == name.manifest:
+            raise CheckpointCorrupt(f"{name.manifest} names a file that is not its own: {entry.name!r}")
+        if entry.size < 0 or _SHA256.fullmatch(entry.sha256) is None:
+            raise CheckpointCorrupt(f"{name.manifest} has no usable size and hash for {entry.name}")
 
 
 def _integer(value: object) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from orchestrator.checkpoint.lineage import Fence
-from orchestrator.checkpoint.manifest import Manifest
+from orchestrator.checkpoint.manifest import CheckpointName, FileEntry, Manifest
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 
 if TYPE_CHECKING:
@@ -39,12 +39,17 @@ class Found:
     """The checkpoint to resume from: live, and its bytes match the manifest."""
 
     manifest: Manifest
-    path: Path
+    files: Mapping[str, Path]  # by name: where each of the manifest's files can be loaded from
     skipped: tuple[Skipped, ...]  # newer ones that could not be used, newest first
+
+    @property
+    def path(self) -> Path:
+        """Of the file that every checkpoint has."""
+        return self.files[self.manifest.name.data]
 
 
 class CheckpointStore(Protocol):
-    """Commits and finds checkpoints of one run. Blocking; only rank 0 of an attempt writes."""
+    """Commits and finds checkpoints of one run. Blocking; rank 0 of an attempt writes, the others only `write_part`."""
 
     uri: str
 
@@ -95,6 +100,52 @@ class CheckpointStore(Protocol):
         Raises Fenced when a newer attempt owns the run, CheckpointError when it could not be written (then the previous
         checkpoint stands); what `write` raises itself passes through.
         """
+        ...
+
+    def begin(self, fence: Fence, *, step: int, trace: Trace | None = None) -> CheckpointName:
+        """First step of a commit in parts (`begin`, any number of `write_part`, `publish`): the name of its files.
+
+        Raises Fenced, CheckpointError. Nothing is written yet.
+        """
+        ...
+
+    def write_part(
+        self,
+        name: CheckpointName,
+        write: Callable[[BinaryIO], object],
+        *,
+        part: str | None = None,
+        trace: Trace | None = None,
+    ) -> FileEntry:
+        """Make what `write` writes one file of the checkpoint, durable on return; no reader looks at it yet.
+
+        Any rank of the attempt may do this, each with a `part` of its own (`shard-0001.ckpt`); None is the file that
+        every checkpoint has. Raises CheckpointError when it could not be written, and leaves nothing; what `write`
+        raises itself passes through.
+        """
+        ...
+
+    def publish(
+        self,
+        fence: Fence,
+        name: CheckpointName,
+        files: Sequence[FileEntry],
+        *,
+        epoch: int,
+        world_size: int,
+        code_hash: str | None = None,
+        image: str | None = None,
+        trace: Trace | None = None,
+    ) -> Manifest:
+        """Make the checkpoint of these files visible: manifest, ownership, pointer. The first has no `part`.
+
+        Raises as `commit` does; when the manifest could not be written, all files of that name are removed.
+        """
+        ...
+
+    def abandon(self, fence: Fence, name: CheckpointName) -> None:
+        """Remove what was written under a name that will not be published. Raises Fenced when a newer attempt owns the
+        run: then that is why the save failed."""
         ...
 
     def adopt(self, manifest: Manifest, source: Medium, *, reading: Reading | None = None) -> bool:

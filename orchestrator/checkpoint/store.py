@@ -32,6 +32,7 @@ from orchestrator.checkpoint.manifest import (
     CheckpointName,
     FileEntry,
     Manifest,
+    check_files,
     parse_manifest,
 )
 from orchestrator.checkpoint.medium import Medium, Vanished
@@ -106,7 +107,7 @@ class Store:
             raise CheckpointError(f"{self._locate(manifest_name)} was removed meanwhile ({vanished})") from None
         if problem is not None:
             raise CheckpointError(f"{self._locate(name.data)} cannot be used on this node: {problem}")
-        return Found(manifest, self.medium.local(name.data), ())
+        return self._found(manifest, ())
 
     def manifests(self) -> list[Manifest]:
         """See CheckpointStore.manifests."""
@@ -141,8 +142,7 @@ class Store:
             problem = self._verify(manifest, keep=True)
             if problem is None:
                 newer = [s for s in skipped if not _is_older(s, manifest)]
-                local = self.medium.local(manifest.files[0].name)
-                return Found(manifest, local, tuple(sorted(newer, key=lambda s: s.name, reverse=True)))
+                return self._found(manifest, sorted(newer, key=lambda s: s.name, reverse=True))
             if manifest.name in self._unreadable:
                 self._passed_over.add(manifest.name)
                 skipped.append(Skipped(self._locate(manifest.name.data), problem))
@@ -151,6 +151,9 @@ class Store:
                 damaged.append(manifest.name)
         self._refuse_to_start_over(damaged, skipped)
         return None
+
+    def _found(self, manifest: Manifest, skipped: Iterable[Skipped]) -> Found:
+        return Found(manifest, {e.name: self.medium.local(e.name) for e in manifest.files}, tuple(skipped))
 
     def _refuse_to_start_over(self, damaged: Sequence[CheckpointName], skipped: Sequence[Skipped]) -> None:
         # An attempt that starts from scratch makes every older checkpoint dead for good. When there was work to lose,
@@ -300,7 +303,7 @@ class Store:
         if not discard_newer:
             self._require_newest(base, self._load_live(names, lineage))
         # Numbers in file names count too: a directory whose fences were lost must not hand out a number twice.
-        used = (name.fence_epoch for name in (*_manifest_names(names), *_data_names(names)))
+        used = (name.fence_epoch for n in names if (name := CheckpointName.of(n)))
         return Fence(
             epoch=max((lineage.highest, *used)) + 1,
             attempt=attempt,
@@ -362,31 +365,82 @@ class Store:
         trace: Trace | None = None,
     ) -> Manifest:
         """See CheckpointStore.commit."""
-        note = trace or _untraced
-        note("check-before")
-        self._require_ownership(fence)
-        name = CheckpointName.fresh(step, fence.epoch)
+        name = self.begin(fence, step=step, trace=trace)
         try:
-            manifest = Manifest(
-                step=step,
-                epoch=epoch,
-                attempt=fence.attempt,
-                fence_epoch=fence.epoch,
-                world_size=world_size,
-                nonce=name.nonce,
-                files=(self._write_data(name, write, note),),
-                code_hash=code_hash,
-                image=image,
-                committed_at=self._clock(),
-                directory=self.uri,
-                sequence=next(self._sequence),
-                base_step=fence.base_step,
-            )
+            entry = self.write_part(name, write, trace=trace)
+        except CheckpointError:
+            self._require_ownership(fence)  # the newer attempt sweeps our files: then that is the news, not ENOENT
+            raise
+        return self.publish(
+            fence, name, [entry], epoch=epoch, world_size=world_size, code_hash=code_hash, image=image, trace=trace
+        )
+
+    def begin(self, fence: Fence, *, step: int, trace: Trace | None = None) -> CheckpointName:
+        """See CheckpointStore.begin."""
+        (trace or _untraced)("check-before")
+        self._require_ownership(fence)
+        return CheckpointName.fresh(step, fence.epoch)
+
+    def write_part(
+        self,
+        name: CheckpointName,
+        write: Callable[[BinaryIO], object],
+        *,
+        part: str | None = None,
+        trace: Trace | None = None,
+    ) -> FileEntry:
+        """See CheckpointStore.write_part."""
+        file_name = name.data if part is None else name.part(part)
+        try:
+            entry = self.medium.write_data(file_name, write, note=trace or _untraced)
+            if entry.size == 0:
+                raise CheckpointError(
+                    f"the checkpoint of step {name.step} is empty: nothing was written to {file_name}",
+                    hint="the function given to commit() must write to the file it is given",
+                )
+        except OSError as error:
+            self._take_back([file_name])
+            raise self.medium.failure(error, f"write the checkpoint of step {name.step}") from error
+        except BaseException:
+            self._take_back([file_name])
+            raise
+        return entry
+
+    def publish(
+        self,
+        fence: Fence,
+        name: CheckpointName,
+        files: Sequence[FileEntry],
+        *,
+        epoch: int,
+        world_size: int,
+        code_hash: str | None = None,
+        image: str | None = None,
+        trace: Trace | None = None,
+    ) -> Manifest:
+        """See CheckpointStore.publish."""
+        note = trace or _untraced
+        check_files(files, name)
+        manifest = Manifest(
+            step=name.step,
+            epoch=epoch,
+            attempt=fence.attempt,
+            fence_epoch=name.fence_epoch,
+            world_size=world_size,
+            nonce=name.nonce,
+            files=tuple(files),
+            code_hash=code_hash,
+            image=image,
+            committed_at=self._clock(),
+            directory=self.uri,
+            sequence=next(self._sequence),
+            base_step=fence.base_step,
+        )
+        try:
             self.medium.write_manifest(name.manifest, manifest.render(), note=note)
         except OSError as error:
-            self._discard(name)
-            self._require_ownership(fence)  # the newer attempt sweeps our files: then that is the news, not ENOENT
-            raise self.medium.failure(error, f"write the checkpoint of step {step}") from error
+            self.abandon(fence, name)
+            raise self.medium.failure(error, f"write the checkpoint of step {name.step}") from error
         except BaseException:
             self._discard(name)
             raise
@@ -435,14 +489,31 @@ class Store:
                 hint="it was not taken over; an older checkpoint stands",
             )
 
-    def _write_data(self, name: CheckpointName, write: Callable[[BinaryIO], object], note: Trace) -> FileEntry:
-        entry = self.medium.write_data(name.data, write, note=note)
-        if entry.size == 0:
-            raise CheckpointError(
-                f"the checkpoint of step {name.step} is empty: nothing was written",
-                hint="the function given to commit() must write to the file it is given",
-            )
-        return entry
+    def abandon(self, fence: Fence, name: CheckpointName) -> None:
+        """See CheckpointStore.abandon."""
+        self._discard(name)
+        self._require_ownership(fence)
+
+    def _discard(self, name: CheckpointName) -> None:
+        """Take back a save that failed. Manifest first: while it exists, its data must."""
+        self._take_back([name.manifest])
+        try:
+            names = self.medium.names()
+        except OSError as error:
+            self._warn_of_leftovers(name.stem, error)
+        else:
+            self._take_back(n for n in names if CheckpointName.of(n) == name)
+
+    def _take_back(self, names: Iterable[str]) -> None:
+        names = list(names)
+        try:
+            self.medium.remove(names)
+        except OSError as error:
+            self._warn_of_leftovers(", ".join(names), error)
+
+    def _warn_of_leftovers(self, what: str, error: OSError) -> None:
+        # The failure of the save itself is raised; what is left is for the next attempt to sweep.
+        _log.warning("could not remove %s: %s", self._locate(what), describe(error))
 
     def _point_to(self, name: CheckpointName, fence: Fence, note: Trace) -> None:
         try:
@@ -460,13 +531,6 @@ class Store:
         """Remove these checkpoints, whether they count or not; returns the names of files. Raises CheckpointError."""
         with self._translated("remove checkpoints"):
             return self._remove(names, self.medium.names(), _untraced)
-
-    def _discard(self, name: CheckpointName) -> None:
-        """Take back a save that failed. Manifest first: while it exists, its data must."""
-        try:
-            self.medium.remove((name.manifest, name.data))
-        except OSError as error:  # the failure of the save itself is raised; this is left to the next attempt
-            _log.warning("could not remove %s: %s", self._locate(name.stem), describe(error))
 
     def _require_ownership(self, fence: Fence) -> None:
         with self._translated("check who owns the run"):
@@ -530,9 +594,8 @@ class Store:
             note("gc-dirsync")
             self.medium.sync()
         note("gc-unlink-data")
-        prefixes = tuple(name.stem + "." for name in victims)
-        data = [n for n in names if prefixes and n.startswith(prefixes) and n.endswith(DATA_SUFFIX)]
-        return removed + self.medium.remove(data)
+        gone = set(victims)
+        return removed + self.medium.remove(n for n in names if (c := _part_of(n)) is not None and c in gone)
 
     def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
         """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
@@ -542,10 +605,10 @@ class Store:
     def _is_leftover(self, file_name: str, fence: Fence, committed: set[str]) -> bool:
         if self.medium.is_stale(file_name, fence.epoch):
             return True
-        data = CheckpointName.parse(file_name, DATA_SUFFIX)
-        if data is None or data.fence_epoch >= fence.epoch:
+        name = _part_of(file_name)
+        if name is None or name.fence_epoch >= fence.epoch:
             return False
-        return data.manifest not in committed
+        return name.manifest not in committed
 
     # --- errors
 
@@ -579,8 +642,10 @@ def _manifest_names(names: Iterable[str]) -> list[CheckpointName]:
     return [name for n in names if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
 
 
-def _data_names(names: Iterable[str]) -> list[CheckpointName]:
-    return [name for n in names if (name := CheckpointName.parse(n, DATA_SUFFIX))]
+def _part_of(file_name: str) -> CheckpointName | None:
+    """The checkpoint that a file holds data of; None for a manifest and for anything else."""
+    name = CheckpointName.of(file_name)
+    return None if name is None or file_name == name.manifest else name
 
 
 def _quarantined(names: Iterable[str]) -> list[CheckpointName]:

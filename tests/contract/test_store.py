@@ -12,7 +12,17 @@ from typing import BinaryIO, Protocol
 
 import pytest
 
-from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, Refuge, open_store, take_over
+from orchestrator.checkpoint import (
+    CheckpointName,
+    CheckpointStore,
+    Fence,
+    FileEntry,
+    Found,
+    Manifest,
+    Refuge,
+    open_store,
+    take_over,
+)
 from orchestrator.checkpoint.objects import ObjectStore
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from tests.objects.servers import KINDS, Server, serving
@@ -466,6 +476,151 @@ def test_an_empty_checkpoint_is_not_a_checkpoint(store: CheckpointStore) -> None
     with pytest.raises(CheckpointError, match="empty"):
         store.commit(fence, lambda f: None, step=1, epoch=0, world_size=1)
     assert store.find() is None
+
+
+# --- commits in parts
+
+
+def write_parts(
+    store: CheckpointStore, fence: Fence, step: int, parts: int = 2
+) -> tuple[CheckpointName, list[FileEntry]]:
+    """What the ranks of an attempt do before rank 0 publishes."""
+    name = store.begin(fence, step=step)
+    files = [store.write_part(name, lambda f: f.write(content(step)))]
+    files += [
+        store.write_part(name, lambda f, n=n: f.write(b"%d" % n * step), part=f"shard-{n:04d}.ckpt")
+        for n in range(parts)
+    ]
+    return name, files
+
+
+def save_parts(store: CheckpointStore, fence: Fence, step: int, parts: int = 2) -> Manifest:
+    name, files = write_parts(store, fence, step, parts)
+    return store.publish(fence, name, files, epoch=1, world_size=parts)
+
+
+def of_step(place: Place, step: int) -> list[str]:
+    return sorted(name for name in place.names() if name.startswith(f"step-{step:09d}."))
+
+
+def test_parts_become_one_checkpoint(place: Place, store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    manifest = save_parts(store, fence, 10)
+    stem = manifest.name.stem
+    assert [entry.name for entry in manifest.files] == [
+        f"{stem}.ckpt",
+        f"{stem}.shard-0000.ckpt",
+        f"{stem}.shard-0001.ckpt",
+    ]
+    result = found(open_again())
+    assert result.manifest == manifest
+    assert result.path.read_bytes() == content(10)
+    assert result.path.name == manifest.name.data
+    assert {name: path.read_bytes() for name, path in result.files.items()} == {
+        f"{stem}.ckpt": content(10),
+        f"{stem}.shard-0000.ckpt": b"0" * 10,
+        f"{stem}.shard-0001.ckpt": b"1" * 10,
+    }
+    assert place.read(f"{stem}.shard-0001.ckpt") == b"1" * 10
+
+
+def test_parts_are_nothing_until_they_are_published(place: Place, store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    good = save(store, fence, 10)
+    name, _ = write_parts(store, fence, 20)
+    assert found(open_again()).manifest == good
+    assert steps(store) == [10]
+    store.abandon(fence, name)
+    assert of_step(place, 20) == []
+    assert found(open_again()).manifest == good
+
+
+def test_parts_that_were_never_published_are_swept_by_the_next_attempt(
+    place: Place, store: CheckpointStore, open_again: Open
+) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 10)
+    write_parts(store, old, 20)
+    _, fence = take_over(open_again(), attempt=1)
+    assert len(store.collect_garbage(fence, keep_last=2)) == 3
+    assert of_step(place, 20) == []
+    assert steps(store) == [10]
+
+
+def test_a_part_that_fails_leaves_nothing(place: Place, store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    name = store.begin(fence, step=10)
+
+    def fail(file: BinaryIO) -> None:
+        file.write(b"half of it")
+        raise OSError(errno.ENOSPC, "injected")
+
+    with pytest.raises(CheckpointError, match="ENOSPC"):
+        store.write_part(name, fail, part="shard-0001.ckpt")
+    with pytest.raises(CheckpointError, match="empty"):
+        store.write_part(name, lambda f: None, part="shard-0000.ckpt")
+    assert of_step(place, 10) == []
+
+
+def test_parts_of_a_replaced_attempt_are_not_published(place: Place, store: CheckpointStore, open_again: Open) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 10)
+    name, files = write_parts(store, old, 20)
+    take_over(open_again(), attempt=1)
+    with pytest.raises(Fenced, match="attempt 1"):
+        store.publish(old, name, files, epoch=0, world_size=2)
+    assert steps(open_again()) == [10]
+    with pytest.raises(Fenced, match="attempt 1"):
+        store.begin(old, step=30)
+    name, files = CheckpointName.fresh(40, old.epoch), []
+    with pytest.raises(Fenced, match="attempt 1"):
+        store.abandon(old, name)
+
+
+@pytest.mark.parametrize("files", ["none", "no first", "twice", "somebody else's"])
+def test_files_that_are_not_a_checkpoint_are_not_published(store: CheckpointStore, files: str) -> None:
+    _, fence = take_over(store, attempt=0)
+    other = save(store, fence, 10).files[0]
+    name, written = write_parts(store, fence, 20)
+    wrong = {
+        "none": [],
+        "no first": written[1:],
+        "twice": [*written, written[1]],
+        "somebody else's": [*written, other],
+    }[files]
+    with pytest.raises(CheckpointError):
+        store.publish(fence, name, wrong, epoch=0, world_size=2)
+    assert steps(store) == [10]
+
+
+@pytest.mark.parametrize("harm", ["flip", "remove"])
+def test_a_damaged_part_sets_the_whole_checkpoint_aside(
+    place: Place, store: CheckpointStore, open_again: Open, harm: str
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    good, bad = save_parts(store, fence, 10), save_parts(store, fence, 20)
+    part = bad.name.part("shard-0001.ckpt")
+    if harm == "remove":
+        place.remove(part)
+    else:
+        place.write(part, b"0" * 20)
+    assert "shard-0001.ckpt" in str(store.verify(bad))
+    result = found(open_again())
+    assert result.manifest == good
+    [skipped] = result.skipped
+    assert "shard-0001.ckpt" in skipped.reason
+    assert all(name.endswith(".corrupt") for name in of_step(place, 20))
+    assert len(of_step(place, 20)) == (3 if harm == "remove" else 4)
+
+
+def test_old_checkpoints_go_with_all_their_parts(place: Place, store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    for step in (1, 2, 3):
+        save_parts(store, fence, step)
+    assert len(store.collect_garbage(fence, keep_last=2)) == 4
+    assert of_step(place, 1) == []
+    assert len(of_step(place, 2)) == len(of_step(place, 3)) == 4
+    assert steps(store) == [3, 2]
 
 
 # --- garbage

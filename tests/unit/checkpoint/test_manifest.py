@@ -60,6 +60,26 @@ def test_names_read_back(step: int, epoch: int) -> None:
     assert CheckpointName.parse(name.data + ".corrupt", ".ckpt") is None
 
 
+def test_every_file_belongs_to_its_checkpoint() -> None:
+    name = CheckpointName(120, 2, "0123abcd")
+    for file_name in (name.data, name.manifest, name.part("shard-0001.ckpt"), name.part("index.json")):
+        assert CheckpointName.of(file_name) == name
+        assert CheckpointName.parse_temporary(f".{file_name}.0123456789ab.tmp") == name
+        assert CheckpointName.of(file_name + ".corrupt") is None
+    assert name.part("index.json") == "step-000000120.e0002.0123abcd.index.json"
+    assert CheckpointName.parse(name.part("index.json"), ".json") is None  # a part is no manifest
+    assert CheckpointName.parse(name.part("shard-0001.ckpt"), ".ckpt") is None
+    assert CheckpointName.of("step-000000120.e00002.0123abcd.ckpt") is None
+
+
+@pytest.mark.parametrize(
+    "part", ["ckpt", "json", "", "a/b.ckpt", "../x.ckpt", "a.b.ckpt", "x.tmp", "X.ckpt", ".ckpt", "x"]
+)
+def test_what_is_no_part(part: str) -> None:
+    with pytest.raises(ValueError, match="not the name of a part"):
+        CheckpointName(120, 2, "0123abcd").part(part)
+
+
 def test_a_manifest_reads_back() -> None:
     assert parse(manifest().render()) == manifest()
 
@@ -91,6 +111,8 @@ def test_a_manifest_without_the_newer_fields_is_read() -> None:
         changed(version=99),
         changed(files=[{"name": "x", "size": 1}]),
         changed(files=None),
+        changed(files=[]),
+        changed(files=[{"name": "step-000000120.e0002.0123abcd.shard-0000.ckpt", "size": 1, "sha256": SHA}]),
         manifest().render()[:-30],
     ],
 )
@@ -112,11 +134,13 @@ def test_damaged_manifests_are_told_from_good_ones(data: bytes) -> None:
         "step-000000120.e0002.0123abcd.\0",
         "step-000000110.e0001.99999999.ckpt",  # another checkpoint's file
         "last.ckpt",
+        NAME,
+        "step-000000120.e0002.0123abcd.ckpt",  # twice
     ],
 )
 def test_names_in_a_manifest_never_leave_their_checkpoint(name: str) -> None:
     with pytest.raises(CheckpointCorrupt):
-        parse(changed(files=[{"name": name, "size": 1, "sha256": SHA}]))
+        parse(changed(files=[*json.loads(manifest().render())["files"], {"name": name, "size": 1, "sha256": SHA}]))
 
 
 @pytest.mark.parametrize(("size", "sha256"), [(-1, SHA), (1, "abc"), (1, SHA.upper()), (1, "../" + SHA[3:])])
@@ -128,5 +152,6 @@ def test_sizes_and_hashes_are_checked(size: int, sha256: str) -> None:
 
 def test_several_files_are_allowed() -> None:
     stem = "step-000000120.e0002.0123abcd"
-    files = [{"name": f"{stem}.rank{r}.ckpt", "size": r, "sha256": SHA} for r in range(2)]
-    assert parse(changed(files=files)).size_bytes == 1
+    names = [f"{stem}.ckpt", f"{stem}.index.json", f"{stem}.shard-0000.ckpt"]
+    files = [{"name": name, "size": 1, "sha256": SHA} for name in names]
+    assert parse(changed(files=files)).size_bytes == 3
