@@ -17,6 +17,7 @@ DATA_SUFFIX = ".ckpt"
 MANIFEST_SUFFIX = ".json"
 CORRUPT_SUFFIX = ".corrupt"
 POINTER = "last.ckpt"
+INDEX_PART = "index.json"
 
 _STEM = r"step-(?P<step>\d{9,18})\.e(?P<epoch>\d{4,9})\.(?P<nonce>[0-9a-f]{8,32})"
 _FILE = re.compile(_STEM + r"(?:\.[a-z0-9][a-z0-9-]{0,31})?\.(?:ckpt|json)")
@@ -118,6 +119,15 @@ class Manifest:
         """The file to load (the first one, when there are several)."""
         return Path(self.directory) / self.files[0].name
 
+    def parts(self) -> dict[str, FileEntry]:
+        """Its further files by what follows the name of the checkpoint (`shard-0001.ckpt`)."""
+        return {entry.name.removeprefix(self.name.stem + "."): entry for entry in self.files[1:]}
+
+    @property
+    def sharded(self) -> bool:
+        """Whether its tensors lie in shards, in pieces that its index names."""
+        return INDEX_PART in self.parts()
+
     @property
     def size_bytes(self) -> int:
         """Of all its data files together."""
@@ -166,23 +176,23 @@ def parse_manifest(data: bytes, *, file_name: str, directory: str) -> Manifest:
 
 
 def _from_fields(fields: Mapping[str, Any], directory: str) -> Manifest:
-    if _integer(fields["version"]) > MANIFEST_VERSION:
+    if integer(fields["version"]) > MANIFEST_VERSION:
         raise ValueError(f"version {fields['version']} was written by a newer orch")
     base_step, code_hash, image = fields.get("base_step"), fields.get("code_hash"), fields.get("image")
     return Manifest(
-        step=_integer(fields["step"]),
-        epoch=_integer(fields["epoch"]),
-        attempt=_integer(fields["attempt"]),
-        fence_epoch=_integer(fields["fence_epoch"]),
-        world_size=_integer(fields["world_size"]),
+        step=integer(fields["step"]),
+        epoch=integer(fields["epoch"]),
+        attempt=integer(fields["attempt"]),
+        fence_epoch=integer(fields["fence_epoch"]),
+        world_size=integer(fields["world_size"]),
         nonce=str(fields["nonce"]),
-        files=tuple(FileEntry(str(f["name"]), _integer(f["size"]), str(f["sha256"])) for f in fields["files"]),
+        files=tuple(FileEntry(str(f["name"]), integer(f["size"]), str(f["sha256"])) for f in fields["files"]),
         code_hash=None if code_hash is None else str(code_hash),
         image=None if image is None else str(image),
         committed_at=float(fields["committed_at"]),
         directory=directory,
-        sequence=_integer(fields.get("sequence", 0)),
-        base_step=None if base_step is None else _integer(base_step),
+        sequence=integer(fields.get("sequence", 0)),
+        base_step=None if base_step is None else integer(base_step),
     )
 
 
@@ -201,7 +211,8 @@ def check_files(files: Sequence[FileEntry], name: CheckpointName) -> None:
             raise CheckpointCorrupt(f"{name.manifest} has no usable size and hash for {entry.name}")
 
 
-def _integer(value: object) -> int:
+def integer(value: object) -> int:
+    """`value` if it is an integer, else TypeError: JSON's true and 1.0 are none (pure)."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"expected an integer, found {value!r}")
     return value

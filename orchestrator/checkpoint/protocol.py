@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -69,8 +69,11 @@ class CheckpointStore(Protocol):
         """
         ...
 
-    def fetch(self, manifest_name: str) -> Found:
-        """That checkpoint, verified, whoever owns the run. Changes nothing. Raises CheckpointError."""
+    def fetch(self, manifest_name: str, *, only: Container[str] | None = None) -> Found:
+        """That checkpoint (or these files of it), verified, whoever owns the run; changes nothing.
+
+        Raises CheckpointError.
+        """
         ...
 
     def open_epoch(

@@ -11,11 +11,12 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import BinaryIO
 
+from orchestrator.checkpoint.coverage import parse_index
 from orchestrator.checkpoint.lineage import (
     FROM_SCRATCH,
     Fence,
@@ -27,6 +28,7 @@ from orchestrator.checkpoint.lineage import (
 from orchestrator.checkpoint.manifest import (
     CORRUPT_SUFFIX,
     DATA_SUFFIX,
+    INDEX_PART,
     MANIFEST_SUFFIX,
     POINTER,
     CheckpointName,
@@ -94,7 +96,7 @@ class Store:
                 self._sleep(delay)
         raise AssertionError("unreachable")
 
-    def fetch(self, manifest_name: str) -> Found:
+    def fetch(self, manifest_name: str, *, only: Container[str] | None = None) -> Found:
         """See CheckpointStore.fetch."""
         name = CheckpointName.parse(manifest_name, MANIFEST_SUFFIX)
         if name is None:
@@ -102,12 +104,12 @@ class Store:
         try:
             with self._translated("read"):
                 manifest = self._load(name)
-                problem = self._verify(manifest, keep=True)
+                problem = self._verify(manifest, keep=True, only=only)
         except Vanished as vanished:
             raise CheckpointError(f"{self._locate(manifest_name)} was removed meanwhile ({vanished})") from None
         if problem is not None:
             raise CheckpointError(f"{self._locate(name.data)} cannot be used on this node: {problem}")
-        return self._found(manifest, ())
+        return self._found(manifest, (), only)
 
     def manifests(self) -> list[Manifest]:
         """See CheckpointStore.manifests."""
@@ -152,8 +154,9 @@ class Store:
         self._refuse_to_start_over(damaged, skipped)
         return None
 
-    def _found(self, manifest: Manifest, skipped: Iterable[Skipped]) -> Found:
-        return Found(manifest, {e.name: self.medium.local(e.name) for e in manifest.files}, tuple(skipped))
+    def _found(self, manifest: Manifest, skipped: Iterable[Skipped], only: Container[str] | None = None) -> Found:
+        names = [entry.name for entry in manifest.files if only is None or entry.name in only]
+        return Found(manifest, {name: self.medium.local(name) for name in names}, tuple(skipped))
 
     def _refuse_to_start_over(self, damaged: Sequence[CheckpointName], skipped: Sequence[Skipped]) -> None:
         # An attempt that starts from scratch makes every older checkpoint dead for good. When there was work to lose,
@@ -241,20 +244,38 @@ class Store:
                 f"{vanished} was removed while it was read", hint="checkpoint.keep_last says how many stay"
             ) from None
 
-    def _verify(self, manifest: Manifest, reading: Reading | None = None, *, keep: bool = False) -> str | None:
-        """What is wrong with the bytes of a checkpoint, or None. Raises Vanished."""
+    def _verify(
+        self,
+        manifest: Manifest,
+        reading: Reading | None = None,
+        *,
+        keep: bool = False,
+        only: Container[str] | None = None,
+    ) -> str | None:
+        """What is wrong with the bytes of a checkpoint (of these files of it), or None. Raises Vanished."""
+        index = manifest.name.part(INDEX_PART)
         for entry in manifest.files:
+            if only is not None and entry.name not in only:
+                continue
             problem = self.medium.examine(
                 entry,
                 committed=lambda: manifest.name.manifest in self.medium.names(),
-                keep=keep,
+                keep=keep or entry.name == index,
                 reading=reading,
             )
             if problem is not None:
                 if not problem.certain:
                     self._unreadable.add(manifest.name)
                 return problem.words
-        return None
+        return self._incomplete(manifest) if manifest.sharded and only is None else None
+
+    def _incomplete(self, manifest: Manifest) -> str | None:
+        """What a sharded checkpoint lacks although all the files that it lists are as they should be."""
+        index = manifest.name.part(INDEX_PART)
+        try:
+            return parse_index(self.medium.local(index).read_bytes(), file_name=index).problem(manifest.parts())
+        except CheckpointCorrupt as error:
+            return error.message
 
     def _quarantine(self, name: CheckpointName, reason: str) -> Skipped:
         """Set a damaged checkpoint aside, manifest first so that nobody else takes it; nothing is ever deleted."""

@@ -23,6 +23,7 @@ from orchestrator.checkpoint import (
     open_store,
     take_over,
 )
+from orchestrator.checkpoint.coverage import Chunk, Index, Tensor
 from orchestrator.checkpoint.objects import ObjectStore
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from tests.objects.servers import KINDS, Server, serving
@@ -499,6 +500,11 @@ def save_parts(store: CheckpointStore, fence: Fence, step: int, parts: int = 2) 
     return store.publish(fence, name, files, epoch=1, world_size=parts)
 
 
+def whole(shape: tuple[int, ...], *pieces: tuple[int, int]) -> Tensor:
+    """A tensor of one dimension in pieces (offset, size), each in the next shard."""
+    return Tensor(shape, "float32", tuple(Chunk((at,), (size,), n) for n, (at, size) in enumerate(pieces)))
+
+
 def of_step(place: Place, step: int) -> list[str]:
     return sorted(name for name in place.names() if name.startswith(f"step-{step:09d}."))
 
@@ -549,7 +555,8 @@ def test_parts_that_were_never_published_are_swept_by_the_next_attempt(
 
 def test_a_part_that_fails_leaves_nothing(place: Place, store: CheckpointStore) -> None:
     _, fence = take_over(store, attempt=0)
-    name = store.begin(fence, step=10)
+    save(store, fence, 10)
+    name = store.begin(fence, step=20)
 
     def fail(file: BinaryIO) -> None:
         file.write(b"half of it")
@@ -559,7 +566,7 @@ def test_a_part_that_fails_leaves_nothing(place: Place, store: CheckpointStore) 
         store.write_part(name, fail, part="shard-0001.ckpt")
     with pytest.raises(CheckpointError, match="empty"):
         store.write_part(name, lambda f: None, part="shard-0000.ckpt")
-    assert of_step(place, 10) == []
+    assert of_step(place, 20) == []
 
 
 def test_parts_of_a_replaced_attempt_are_not_published(place: Place, store: CheckpointStore, open_again: Open) -> None:
@@ -611,6 +618,48 @@ def test_a_damaged_part_sets_the_whole_checkpoint_aside(
     assert "shard-0001.ckpt" in skipped.reason
     assert all(name.endswith(".corrupt") for name in of_step(place, 20))
     assert len(of_step(place, 20)) == (3 if harm == "remove" else 4)
+
+
+def test_another_rank_fetches_the_parts_it_needs(place: Place, store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    manifest = save_parts(store, fence, 10)
+    part = manifest.name.part("shard-0001.ckpt")
+    store_of_another = open_again()
+    result = store_of_another.fetch(manifest.name.manifest, only=[part])
+    assert result.manifest == manifest
+    [(name, path)] = result.files.items()
+    assert (name, path.read_bytes()) == (part, b"1" * 10)
+    place.write(part, b"0" * 10)
+    with pytest.raises(CheckpointError, match=r"shard-0001\.ckpt"):
+        open_again().fetch(manifest.name.manifest, only=[part])
+    assert steps(store) == [10]  # only rank 0 sets anything aside
+
+
+@pytest.mark.parametrize(
+    ("index", "complaint"),
+    [
+        (Index(("shard-0000.ckpt", "shard-0001.ckpt"), {"w": whole((4,), (0, 3), (3, 1))}), None),
+        (Index(("shard-0000.ckpt", "shard-0001.ckpt"), {"w": whole((4,), (0, 2), (3, 1))}), "1 of 4 elements"),
+        (Index(("shard-0000.ckpt", "shard-0002.ckpt"), {"w": whole((4,), (0, 4))}), "shard-0002.ckpt is not part"),
+        (None, "is not an index"),
+    ],
+)
+def test_a_sharded_checkpoint_must_be_complete_as_well(
+    store: CheckpointStore, open_again: Open, index: Index | None, complaint: str | None
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    good = save(store, fence, 10)
+    name, files = write_parts(store, fence, 20)
+    text = b"{}" if index is None else index.render()
+    files.append(store.write_part(name, lambda f: f.write(text), part="index.json"))
+    manifest = store.publish(fence, name, files, epoch=0, world_size=2)
+    problem = store.verify(manifest)
+    if complaint is None:
+        assert problem is None
+        assert found(open_again()).manifest == manifest
+    else:
+        assert complaint in str(problem)
+        assert found(open_again()).manifest == good
 
 
 def test_old_checkpoints_go_with_all_their_parts(place: Place, store: CheckpointStore) -> None:
