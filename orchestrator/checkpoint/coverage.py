@@ -60,7 +60,8 @@ class Index:
 
     def problem(self, parts: Iterable[str]) -> str | None:
         """Why a checkpoint of these parts is not complete, in words; None when it is (pure)."""
-        missing = [shard for shard in self.shards if shard not in set(parts)]
+        there = set(parts)
+        missing = [shard for shard in self.shards if shard not in there]
         if missing:
             return f"{missing[0]} is not part of the checkpoint"
         for name, tensor in self.tensors.items():

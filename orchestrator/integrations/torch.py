@@ -50,6 +50,11 @@ def resume_path(session: Session) -> str | None:
     Rank 0 opens the fence epoch. From an object store the first rank of every node fetches a copy for its node.
     """
     found = session.resume()
+    if found is not None and found.manifest.sharded:
+        raise CheckpointError(
+            f"the checkpoint of step {found.manifest.step} lies in shards; this program loads one file",
+            hint="resume it with orchestrator.integrations.sharded.ShardedLoop",
+        )
     mine = None if found is None else {"manifest": found.manifest.name.manifest, "path": str(found.path)}
     chosen = json.loads(agree(json.dumps(mine)))
     if chosen is None:
@@ -192,7 +197,9 @@ class SaveSchedule:
         return every is not None and epochs_done % every == 0
 
 
-class _Stateful(Protocol):
+class Stateful(Protocol):
+    """What a loop saves and restores."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any], /) -> Any: ...
 
@@ -204,7 +211,7 @@ class ResumableLoop:
     after each epoch: they save when due, and do not return when the run was asked to stop. Every call is collective.
     """
 
-    def __init__(self, session: Session, parts: Mapping[str, _Stateful], *, max_steps: int | None = None) -> None:
+    def __init__(self, session: Session, parts: Mapping[str, Stateful], *, max_steps: int | None = None) -> None:
         self.session = session
         self.step, self.epoch, self.batch = 0, 0, 0
         self._parts = parts
@@ -214,12 +221,14 @@ class ResumableLoop:
         self._rank_times = RankTimes()
         self._step_began = time.monotonic()
         session.install_signal_handlers()
-        path = resume_path(session)
-        if path is not None:
-            self._restore(Path(path))
+        self._resume()
 
-    def _restore(self, path: Path) -> None:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    def _resume(self) -> None:
+        path = resume_path(self.session)
+        if path is not None:
+            self._restore(torch.load(Path(path), map_location="cpu", weights_only=True))
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
         for name, part in self._parts.items():
             part.load_state_dict(state["parts"][name])
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
@@ -250,13 +259,16 @@ class ResumableLoop:
 
     def save(self) -> None:
         """Make this point a checkpoint, unless it is one already."""
-        state = {
+        state = self._state()
+        if self.session.is_chief:
+            self.session.commit(lambda file: torch.save(state, file), step=self.step, epoch=self.epoch)
+        self._schedule.saved(self.step)
+        self._agreement.barrier()
+
+    def _state(self) -> dict[str, Any]:
+        return {
             "parts": {name: part.state_dict() for name, part in self._parts.items()},
             "step": self.step,
             "epoch": self.epoch,
             "batch": self.batch,
         }
-        if self.session.is_chief:
-            self.session.commit(lambda file: torch.save(state, file), step=self.step, epoch=self.epoch)
-        self._schedule.saved(self.step)
-        self._agreement.barrier()

@@ -21,7 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from orchestrator.checkpoint import CheckpointStore, Fence, Found, Manifest, Refuge, open_store, take_over
+from orchestrator.checkpoint import (
+    CheckpointName,
+    CheckpointStore,
+    Fence,
+    FileEntry,
+    Found,
+    Manifest,
+    Refuge,
+    open_store,
+    take_over,
+)
 from orchestrator.errors import CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
@@ -122,6 +132,14 @@ def _next_attempt(paths: RunPaths) -> int:
 
 def _writer(attempt: int) -> str:
     return f"rank0-{attempt:03d}"
+
+
+@dataclass(frozen=True)
+class Saving:
+    """A save in parts. Rank 0 decides where it goes, because the others may not have been told to stop yet."""
+
+    name: CheckpointName
+    emergency: bool  # into the run directory: the object store would take too long
 
 
 class Session:
@@ -337,14 +355,10 @@ class Session:
 
     def commit(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> Manifest:
         """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands."""
-        if self._fence is None:
-            raise CheckpointError(
-                "commit before resume", hint="call Session.resume() on rank 0 first: it opens the fence"
-            )
+        fence = self._require_fence()
         started = time.monotonic()
-        store = self._refuge.open() if self._refuge is not None and self.stop_requested else self.store
-        manifest = store.commit(
-            self._fence,
+        manifest = self._where(self.stop_requested).commit(
+            fence,
             write,
             step=step,
             epoch=epoch,
@@ -352,22 +366,61 @@ class Session:
             code_hash=self._code_hash,
             image=self._image,
         )
+        self.committed(manifest, seconds=time.monotonic() - started)
+        return manifest
+
+    def begin(self, step: int) -> Saving:
+        """Rank 0: open a save in parts; every rank may now `write_part`. Raises as `commit`."""
+        emergency = self.stop_requested
+        return Saving(self._where(emergency).begin(self._require_fence(), step=step), emergency)
+
+    def write_part(self, saving: Saving, write: Callable[[BinaryIO], object], *, part: str | None = None) -> FileEntry:
+        """Any rank: one file of the checkpoint that rank 0 has begun. Raises CheckpointError."""
+        return self._where(saving.emergency).write_part(saving.name, write, part=part)
+
+    def publish(self, saving: Saving, files: Sequence[FileEntry], *, epoch: int) -> Manifest:
+        """Rank 0: make the parts a checkpoint; then call `committed`. Raises as `commit`."""
+        return self._where(saving.emergency).publish(
+            self._require_fence(),
+            saving.name,
+            files,
+            epoch=epoch,
+            world_size=self.world_size,
+            code_hash=self._code_hash,
+            image=self._image,
+        )
+
+    def abandon(self, saving: Saving) -> None:
+        """Rank 0: remove the parts of a checkpoint that `publish` was not called for. Raises Fenced, if that is why."""
+        self._where(saving.emergency).abandon(self._require_fence(), saving.name)
+
+    def _where(self, emergency: bool) -> CheckpointStore:
+        return self._refuge.open() if self._refuge is not None and emergency else self.store
+
+    def committed(self, manifest: Manifest, *, seconds: float) -> None:
+        """Rank 0: tell everybody about a checkpoint, and remove old ones."""
         self.last_manifest = manifest
         self._committed_at = time.time()
-        self._position = (step, epoch)
+        self._position = (manifest.step, manifest.epoch)
         self.event(
             "checkpoint_committed",
-            step=step,
-            epoch=epoch,
+            step=manifest.step,
+            epoch=manifest.epoch,
             path=self.checkpoint_path(manifest),
             size_bytes=manifest.size_bytes,
-            seconds=round(time.monotonic() - started, 3),
+            seconds=round(seconds, 3),
         )
         if self._progress is not None:
             self._progress.flush()
         if not self.stop_requested:  # the grace period is for saving, not for tidying up
-            self.store.collect_garbage(self._fence, keep_last=self.settings.keep_last)
-        return manifest
+            self.store.collect_garbage(self._require_fence(), keep_last=self.settings.keep_last)
+
+    def _require_fence(self) -> Fence:
+        if self._fence is None:
+            raise CheckpointError(
+                "commit before resume", hint="call Session.resume() on rank 0 first: it opens the fence"
+            )
+        return self._fence
 
     def wrote(self, path: str) -> bool:
         """Whether the file at `path` is a checkpoint of this run: in its store, or a verified copy on this node."""
