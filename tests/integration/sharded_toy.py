@@ -8,18 +8,22 @@ import os
 import resource
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
+from torch.futures import Future
 
 from orchestrator.checkpoint import CheckpointName, FileEntry, open_store, take_over
+from orchestrator.integrations import sharded
 from orchestrator.integrations.sharded import ModelAndOptimizer, RandomState, ShardedLoop
 from orchestrator.integrations.torch import agree
 from orchestrator.worker.session import CheckpointSettings, Session
@@ -38,6 +42,7 @@ class Sharded:
     take_over: bool = False  # another attempt claims the run instead
     file_limit: int | None = None  # bytes, from step `at` on: a full disk
     die_writing: str | None = None  # the part in the middle of whose writing the rank is killed, from step `at` on
+    forget: bool = False  # the rank writes all of its pieces but one
     width: int = WIDTH
     dtype: torch.dtype = torch.float32
 
@@ -99,10 +104,21 @@ def go_wrong(plan: Sharded, session: Session) -> None:
         take_over(open_store(session.store.uri), attempt=session.attempt + 1)
     elif plan.file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (plan.file_limit, plan.file_limit))
+    elif plan.forget:
+        forget_a_piece()
     elif plan.die_writing is not None:
         die_writing(session, None if plan.die_writing == "ckpt" else plan.die_writing)
     else:
         os.kill(os.getpid(), plan.signal)
+
+
+def forget_a_piece() -> None:
+    original = sharded._Writer.write_data
+
+    def write_data(self: sharded._Writer, saved: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        return original(self, replace(saved, items=saved.items[1:]), planner)
+
+    sharded._Writer.write_data = write_data  # type: ignore[method-assign]
 
 
 def die_writing(session: Session, fatal: str | None) -> None:

@@ -153,6 +153,15 @@ def test_a_rank_that_is_killed_while_it_writes_leaves_nothing_to_be_seen(tmp_pat
     assert steps(tmp_path) == [10, 8, 6]
 
 
+def test_a_piece_that_nobody_wrote_is_missed_before_anything_is_published(tmp_path: Path) -> None:
+    assert attempt(Sharded(every_steps=4, at=7, forget=True), tmp_path, 0) == [1, 1], outputs(tmp_path, 0)
+    said = verdict(tmp_path, 0)["message"]
+    assert "36 of 84 elements are in no shard" in said  # 3 of 7 rows of 12
+    assert "parts.training.model.0.weight" in said
+    assert steps(tmp_path) == [4]
+    assert not [name for name in names(tmp_path) if "step-000000008" in name]
+
+
 def test_an_attempt_that_was_replaced_leaves_on_all_ranks(tmp_path: Path) -> None:
     plan = Sharded(every_steps=4, at=7, rank=0, take_over=True)
     assert attempt(plan, tmp_path, 0) == [ExitCode.NEVER_RESTART] * 2, outputs(tmp_path, 0)
