@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from orchestrator.checkpoint import open_store, take_over
 from orchestrator.integrations.torch import agree, resume_path
@@ -19,7 +20,9 @@ from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from orchestrator.worker.session import Session
 from tests.integration.forked import outputs, run_ranks
-from tests.integration.test_exact_loops import assert_exact
+from tests.integration.sharded_toy import Sharded
+from tests.integration.sharded_toy import train as train_sharded
+from tests.integration.test_exact_loops import assert_exact, differences
 from tests.integration.toy import Toy, train, verdict
 from tests.objects.servers import KEY, KINDS, SECRET, Server, serving
 from tests.polling import poll
@@ -100,6 +103,34 @@ def test_a_run_stopped_twice_is_exact(remote: Remote, tmp_path: Path) -> None:
     resumed = [event for event in read_events(RunPaths(run_dir)) if event["event"] == "resumed"]
     assert [event["step"] for event in resumed] == [verdict(run_dir, number)["step"] for number in (0, 1)]
     assert all(event["checkpoint"].startswith(remote.url) for event in resumed)
+
+
+def test_a_sharded_run_is_exact_and_every_node_fetches_the_shards_it_needs(remote: Remote, tmp_path: Path) -> None:
+    untouched = tmp_path / "untouched"
+    codes = run_ranks(partial(train_sharded, Sharded(), untouched), untouched, world_size=2, attempt=0)
+    ended_well(codes, untouched, 0)
+    run_dir = remote.run_dir
+    killed = Sharded(at=5, signal=signal.SIGKILL)  # after a save into the bucket; the next one saves to the disk
+    for number, plan in enumerate([killed, Sharded(at=6, rank=0), Sharded()]):
+        codes = run_ranks(
+            partial(train_sharded, plan, run_dir),
+            run_dir,
+            world_size=2,
+            attempt=number,
+            ranks_per_node=1,
+            variables=remote.variables,
+        )
+        if plan is not killed:
+            ended_well(codes, run_dir, number)
+        if number == 1:
+            assert any("shard-0001.ckpt" in name for name in remote.on_disk())
+    resumed = [event["step"] for event in read_events(RunPaths(run_dir)) if event["event"] == "resumed"]
+    assert resumed == [5, 7]
+    for name in ("final.pt", "final-0.pt", "final-1.pt"):
+        states = [torch.load(run / name, weights_only=True) for run in (untouched, run_dir)]
+        assert differences(*states) == []
+    assert remote.on_disk() == []  # all shards were brought in
+    assert any("shard-0001.ckpt" in name for name in remote.names())
 
 
 def commit_one(remote: Remote) -> None:

@@ -15,9 +15,11 @@ import torch
 
 from orchestrator.checkpoint import open_store
 from orchestrator.checkpoint.coverage import parse_index
+from orchestrator.integrations.torch import agree, resume_path
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from orchestrator.states import ExitCode
+from orchestrator.worker.session import Session
 from tests.integration.forked import outputs, run_ranks
 from tests.integration.sharded_toy import STEPS, Sharded, train, verdict
 from tests.integration.test_exact_loops import differences
@@ -212,3 +214,25 @@ def test_another_model_is_refused_on_all_ranks(tmp_path: Path, changed: Sharded,
     assert words in verdict(tmp_path, 1)["message"]
     assert attempt(replace(Sharded(), at=5), tmp_path, 2) == [0, 0]  # nothing was harmed
     assert resumed(tmp_path)[-1] == 3
+
+
+def resume_as_one_file(run_dir: Path) -> None:
+    session = Session.start(agree=agree)
+    with session.guard():
+        resume_path(session)
+
+
+def commit_one_file(run_dir: Path) -> None:
+    session = Session.start(agree=agree)
+    session.resume()
+    session.commit(lambda file: torch.save({"step": 3}, file), step=3, epoch=0)
+
+
+def test_programs_for_shards_and_for_one_file_refuse_each_others_checkpoints(tmp_path: Path) -> None:
+    one, shards = tmp_path / "one", tmp_path / "shards"
+    attempt(Sharded(at=2), shards, 0)
+    assert run_ranks(partial(resume_as_one_file, shards), shards, world_size=1, attempt=1) == [1]
+    assert "step 3 lies in shards" in verdict(shards, 1)["message"]
+    assert run_ranks(partial(commit_one_file, one), one, world_size=1, attempt=0) == [0], outputs(one, 0)
+    assert attempt(Sharded(), one, 1) == [1, 1]
+    assert "step 3 is one file" in verdict(one, 1)["message"]
