@@ -81,8 +81,7 @@ class ShardedLoop(ResumableLoop):
         for name, part in self._own.items() if own is not None else ():
             part.load_state_dict(own[name])
 
-    def save(self) -> None:
-        """Make this point a checkpoint."""
+    def _save(self, *, leaving: bool) -> None:
         own = {name: part.state_dict() for name, part in self._own.items()}
         save(self.session, self._state(), own=own, step=self.step, epoch=self.epoch, group=self._group)
         self._schedule.saved(self.step)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, not listed in __all__
 
 from orchestrator.errors import CheckpointError
+from orchestrator.integrations.saving import StateSaver
 from orchestrator.worker.session import CheckpointSettings, Session
 
 FETCH_LIMIT_S = 3600.0  # a large checkpoint over a slow network; the scheduler's limits end what takes longer
@@ -217,6 +218,7 @@ class ResumableLoop:
         self._parts = parts
         self._max_steps = max_steps
         self._schedule = SaveSchedule(session.settings)
+        self._saver = StateSaver(session)
         self._agreement = Agreement(2, session.world_size, session.rank)
         self._rank_times = RankTimes()
         self._step_began = time.monotonic()
@@ -245,7 +247,7 @@ class ResumableLoop:
         rank_seconds = self._rank_times.add(self._agreement.rank_seconds)
         self.session.report(self.step, self.epoch, self._max_steps, rank_seconds=rank_seconds)
         if stop or save or self._schedule.due_at_step(self.step):
-            self.save()
+            self._save(leaving=bool(stop))
         if stop:
             self.session.stopped(step=self.step, epoch=self.epoch, barrier=self._agreement.barrier)
         self._step_began = time.monotonic()
@@ -258,10 +260,13 @@ class ResumableLoop:
             self.save()
 
     def save(self) -> None:
-        """Make this point a checkpoint, unless it is one already."""
+        """Make this point a checkpoint."""
+        self._save(leaving=False)
+
+    def _save(self, *, leaving: bool) -> None:
         state = self._state()
         if self.session.is_chief:
-            self.session.commit(lambda file: torch.save(state, file), step=self.step, epoch=self.epoch)
+            self._saver.save(state, step=self.step, epoch=self.epoch, leaving=leaving)
         self._schedule.saved(self.step)
         self._agreement.barrier()
 

@@ -349,7 +349,7 @@ def _unknown_key(path: KeyPath) -> str:
     if path[:-1] == ("checkpoint",) and key in RESERVED_CHECKPOINT_KEYS:
         return "is reserved for a later version; leave it out"
     model = _model_at(path[:-1])
-    known = list(model.model_fields) if model else []
+    known = _keys(model) if model else []
     homes = [f"{section}.{key}" if section else key for section, fields in _all_fields().items() if key in fields]
     if homes:  # the right key in the wrong section
         return f"unknown key. Did you mean `{homes[0]}`?"
@@ -357,12 +357,17 @@ def _unknown_key(path: KeyPath) -> str:
 
 
 def _all_fields() -> dict[str, list[str]]:
-    fields = {"": list(JobSpec.model_fields)}
+    fields = {"": _keys(JobSpec)}
     for name, info in JobSpec.model_fields.items():
         model = _model_in(info.annotation)
         if model is not None:
-            fields[name] = list(model.model_fields)
+            fields[name] = _keys(model)
     return fields
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    """As they are written: `async` is no name in Python."""
+    return [info.alias or name for name, info in model.model_fields.items()]
 
 
 def _model_at(path: KeyPath) -> type[BaseModel] | None:

@@ -438,6 +438,8 @@ class Torchrun(_Section):
 class Checkpoint(_Section):
     """Where and how often the job saves. It also saves whenever it is told to stop."""
 
+    model_config = ConfigDict(serialize_by_alias=True)
+
     uri: SomeText | None = Field(
         None,
         description=(
@@ -476,6 +478,14 @@ class Checkpoint(_Section):
         1, description="Save at the end of every so many epochs; null = never for this reason."
     )
     keep_last: Positive = Field(3, description="Checkpoints kept; the newest two verified ones always stay.")
+    asynchronous: bool = Field(
+        False,
+        alias="async",
+        description=(
+            "Write beside the training, which waits only while the state is copied into host memory. Takes as much "
+            "memory again as the state."
+        ),
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -486,7 +496,7 @@ class Checkpoint(_Section):
         return {
             key: value
             for key, value in data.items()
-            if value is not None or key.startswith("every_") or key not in cls.model_fields
+            if value is not None or key.startswith("every_") or key not in (*cls.model_fields, "async")
         }
 
     @field_validator("every_minutes", mode="before")
@@ -573,7 +583,7 @@ def _path_of_file_url(url: str) -> str:
     return unquote(parts.path)
 
 
-RESERVED_CHECKPOINT_KEYS = ("async", "keep_every", "keep_best")
+RESERVED_CHECKPOINT_KEYS = ("keep_every", "keep_best")
 
 
 class Preemption(_Section):

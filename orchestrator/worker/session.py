@@ -37,6 +37,7 @@ from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter
 from orchestrator.states import ExitCode, ExitReason
+from orchestrator.worker.background import BackgroundSave
 from orchestrator.worker.ranks import ATTACHED
 from orchestrator.worker.scratch import remove_scratch, scratch_directory
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
@@ -46,21 +47,24 @@ log = logging.getLogger("orchestrator.worker")
 PATIENCE_S = 60.0  # of one request to an object store, with its repetitions
 PEER_WATCHDOG_GRACE_S = 0.5  # rank 0 writes the verdict, so it goes first
 VERDICT_WAIT_S = 1.0
+SAVE_SAFETY = 1.5  # a second save is begun before the deadline only if this many times the last one's duration is left
 
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """When to save (None = not by this rule) and how many checkpoints to keep."""
+    """When to save (None = not by this rule), whether beside the training, and how many checkpoints to keep."""
 
     every_steps: int | None = None
     every_minutes: float | None = None
     every_epochs: int | None = 1
     keep_last: int = 3
+    asynchronous: bool = False  # `checkpoint.async`: Python keeps that word for itself
 
     @classmethod
     def from_plan(cls, plan: Mapping[str, Any]) -> CheckpointSettings:
         """The `checkpoint` part of plan/agent.json; keys of later versions are ignored."""
-        return cls(**{key: plan[key] for key in cls.__dataclass_fields__ if key in plan})
+        known = {key: plan[key] for key in cls.__dataclass_fields__ if key in plan}
+        return cls(**known, asynchronous=bool(plan.get("async", cls.asynchronous)))
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,10 @@ class Saving:
     emergency: bool  # into the run directory: the object store would take too long
 
 
+class _Leaving(Exception):
+    """The process is about to end: what can be left to the next attempt is."""
+
+
 class Session:
     """One training process of one attempt. `start` builds it; `guard` wraps the training; `commit` saves."""
 
@@ -178,6 +186,9 @@ class Session:
         self._verdict_written: str | None = None
         self._position = (0, 0)
         self._committed_at: float | None = None
+        self._commit_s: float | None = None  # how long the last commit took
+        self._in_flight: BackgroundSave | None = None
+        self._leaving = False
         self._watchdog: DeadlineWatchdog | None = None
         self._heartbeat: HeartbeatThread | None = None
         self._events: EventLog | None = None
@@ -356,6 +367,56 @@ class Session:
     def commit(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> Manifest:
         """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands."""
         fence = self._require_fence()
+        self.finish_save()
+        manifest = self._commit(fence, write, step, epoch)
+        self._position = (step, epoch)
+        self._tidy_up(fence)
+        return manifest
+
+    def commit_async(self, freeze: Callable[[], Callable[[BinaryIO], object]], *, step: int, epoch: int) -> None:
+        """Rank 0: make a checkpoint beside the training; returns once `freeze` has, whose result writes the state.
+
+        One save at a time: waits for the one in flight before `freeze` is called, so that it can use the same memory
+        again. Raises what went wrong with that one; what goes wrong with this one is raised by the next `report`.
+        """
+        fence = self._require_fence()
+        self.finish_save()
+        write = freeze()
+        self._in_flight = BackgroundSave(lambda: self._commit(fence, write, step, epoch), lambda: self._tidy_up(fence))
+
+    def commit_before_leaving(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> None:
+        """Rank 0: the save that a stop asks for. One in flight comes first, and may leave too little time for this one:
+        then its checkpoint is the last."""
+        self._leaving = True
+        flying = self._in_flight is not None
+        self.finish_commit()
+        left = self.seconds_left()
+        if flying and left is not None and self._commit_s is not None and left < SAVE_SAFETY * self._commit_s:
+            log.warning("%.0f s are left, too few to save step %d: %s", left, step, self._standing_checkpoint())
+            return
+        self._commit(self._require_fence(), write, step, epoch)
+        self._position = (step, epoch)
+
+    def finish_save(self) -> None:
+        """Wait for the save in flight, if there is one, and raise what went wrong with it."""
+        if self._in_flight is not None:
+            self._in_flight.wait()
+            self._raise_failed_save()
+            self._in_flight = None
+
+    def finish_commit(self) -> None:
+        """As `finish_save`, but does not wait for old checkpoints to be removed."""
+        if self._in_flight is not None:
+            self._in_flight.wait_for_commit()
+            self._raise_failed_save()
+
+    def _raise_failed_save(self) -> None:
+        if self._in_flight is not None and (error := self._in_flight.error) is not None:
+            self._in_flight = None
+            raise error
+
+    def _commit(self, fence: Fence, write: Callable[[BinaryIO], object], step: int, epoch: int) -> Manifest:
+        """In the thread of the save, where there is one."""
         started = time.monotonic()
         manifest = self._where(self.stop_requested).commit(
             fence,
@@ -366,7 +427,7 @@ class Session:
             code_hash=self._code_hash,
             image=self._image,
         )
-        self.committed(manifest, seconds=time.monotonic() - started)
+        self._tell(manifest, time.monotonic() - started)
         return manifest
 
     def begin(self, step: int) -> Saving:
@@ -399,9 +460,14 @@ class Session:
 
     def committed(self, manifest: Manifest, *, seconds: float) -> None:
         """Rank 0: tell everybody about a checkpoint, and remove old ones."""
+        self._tell(manifest, seconds)
+        self._position = (manifest.step, manifest.epoch)
+        self._tidy_up(self._require_fence())
+
+    def _tell(self, manifest: Manifest, seconds: float) -> None:
         self.last_manifest = manifest
         self._committed_at = time.time()
-        self._position = (manifest.step, manifest.epoch)
+        self._commit_s = seconds
         self.event(
             "checkpoint_committed",
             step=manifest.step,
@@ -412,8 +478,6 @@ class Session:
         )
         if self._progress is not None:
             self._progress.flush()
-        if not self.stop_requested:  # the grace period is for saving, not for tidying up
-            self.store.collect_garbage(self._require_fence(), keep_last=self.settings.keep_last)
 
     def _require_fence(self) -> Fence:
         if self._fence is None:
@@ -426,6 +490,16 @@ class Session:
         """Whether the file at `path` is a checkpoint of this run: in its store, or a verified copy on this node."""
         places = [self.store.uri] if self._scratch is None else [str(self._scratch.parent)]
         return any(path.startswith(f"{place}/") for place in places)
+
+    def _tidy_up(self, fence: Fence) -> None:
+        if not self.stop_requested:  # the grace period is for saving, not for tidying up
+            with suppress(_Leaving):
+                self.store.collect_garbage(fence, keep_last=self.settings.keep_last, trace=self._unless_leaving)
+
+    def _unless_leaving(self, _operation: str) -> None:
+        # The last save does not wait for the removal of old checkpoints; left alone, that could turn last.ckpt back.
+        if self._leaving:
+            raise _Leaving
 
     def checkpoint_path(self, manifest: Manifest) -> str:
         """Where the (first) data file of a manifest lies."""
@@ -451,8 +525,12 @@ class Session:
         *,
         rank_seconds: Sequence[float] | None = None,
     ) -> None:
-        """Note the progress; written at most every second, by rank 0. `rank_seconds`: own step time of each rank."""
+        """Note the progress; written at most every second, by rank 0. `rank_seconds`: own step time of each rank.
+
+        Raises what went wrong with a save beside the training: the run must not go on for hours without one.
+        """
         self._position = (step, epoch)
+        self._raise_failed_save()
         if self._progress is not None:
             self._progress.update(step, epoch, max_steps, throughput, rank_seconds)
 
@@ -471,7 +549,9 @@ class Session:
         checkpoint: str | None = None,
     ) -> None:
         """Say how this attempt ended. Rank 0 speaks for the run; another rank only when it fails. The first verdict
-        stands, unless a failure comes after it."""
+        stands, unless a failure comes after it. Nothing has completed whose last save has not: that is waited for."""
+        if outcome == "completed":
+            self.finish_save()
         if checkpoint is None and outcome != "failed" and self.last_manifest is not None:
             checkpoint = self.checkpoint_path(self.last_manifest)
         if outcome == "completed" and self._progress is not None:
@@ -524,13 +604,14 @@ class Session:
         would see its peers' connections break and call that a failure.
         """
         if self.is_chief:
-            self.verdict(
-                "saved",
-                step=step,
-                epoch=epoch,
-                reason=ExitReason.PREEMPTED,
-                message=f"stopped and saved at step {step}",
-            )
+            self.finish_commit()
+            saved = self.last_manifest
+            if saved is not None and saved.step != step:  # a save in flight left no time for another
+                message = f"stopped at step {step} and saved at step {saved.step}"
+                step, epoch = saved.step, saved.epoch
+            else:
+                message = f"stopped and saved at step {step}"
+            self.verdict("saved", step=step, epoch=epoch, reason=ExitReason.PREEMPTED, message=message)
         if barrier is not None:
             with suppress(RuntimeError):  # a peer that is through has left; so rank 0 has been here, with its verdict
                 barrier()
@@ -540,7 +621,13 @@ class Session:
     def guard(self) -> Iterator[None]:
         """Training goes inside: what it raises becomes a verdict first. Fenced leaves with 93 at once."""
         try:
-            yield
+            try:
+                yield
+            except SystemExit as error:
+                if error.code in (None, 0):
+                    self.finish_save()
+                raise
+            self.finish_save()
         except SystemExit as error:
             if error.code not in (None, 0):
                 self.record_failure(error)
@@ -588,6 +675,8 @@ class Session:
 
     def close(self) -> None:
         """Stop the threads of this session; for processes that go on afterwards."""
+        if self._in_flight is not None:
+            self._in_flight.wait()
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._heartbeat is not None:

@@ -181,13 +181,40 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(reference: Reference, t
     assert_exact(reference(toy, 2), tmp_path)
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_saves_beside_the_training_are_exact(reference: Reference, tmp_path: Path, world_size: int) -> None:
+    toy = Toy(validate_every=5, every_steps=2, asynchronous=True, slow_disk_s=0.05, workers=1)
+    stops = [replace(toy, at=2), replace(toy, at=6), replace(toy, at=9, rank=world_size - 1), replace(toy, at=15)]
+    interrupted(toy, tmp_path, stops, world_size=world_size)
+    assert_exact(reference(Toy(validate_every=5), world_size), tmp_path)
+    verified = [event["step"] for event in read_events(RunPaths(tmp_path)) if event["event"] == "checkpoint_committed"]
+    assert {verdict(tmp_path, number)["step"] for number in range(5)} <= set(verified)
+
+
+def test_a_kill_during_a_save_beside_the_training_costs_that_save(reference: Reference, tmp_path: Path) -> None:
+    toy = Toy(every_steps=3, every_epochs=None, asynchronous=True)
+    stuck = replace(toy, at=7, slow_disk_s=30.0, signal=signal.SIGKILL)  # step 6 is in flight when step 8 is killed
+    assert attempt(replace(toy, at=3), tmp_path, 0) == [0]
+    killed = attempt(replace(stuck, every_steps=6), tmp_path, 1)
+    assert killed == [-signal.SIGKILL], outputs(tmp_path, 1)
+    assert attempt(toy, tmp_path, 2) == [0], outputs(tmp_path, 2)
+    resumed = [event["step"] for event in read_events(RunPaths(tmp_path)) if event["event"] == "resumed"]
+    assert len(resumed) == 2
+    assert resumed[0] == resumed[1] < 6
+    assert_exact(reference(Toy(), 1), tmp_path, repeated=True)
+
+
 def _with_small_files(toy: Toy, run_dir: Path) -> None:
     """As on a full disk: no file can grow beyond what everything but a checkpoint needs."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     train(toy, run_dir)
 
 
-@pytest.mark.parametrize("toy", [Toy(every_steps=3), Toy(every_epochs=None, at=4)], ids=["periodic", "on a signal"])
+@pytest.mark.parametrize(
+    "toy",
+    [Toy(every_steps=3), Toy(every_epochs=None, at=4), Toy(every_steps=3, asynchronous=True)],
+    ids=["periodic", "on a signal", "async"],
+)
 def test_a_save_that_fails_ends_the_run_and_says_why(tmp_path: Path, toy: Toy) -> None:
     attempt(replace(Toy(), at=1), tmp_path, 0, world_size=2)
     codes = run_ranks(partial(_with_small_files, toy, tmp_path), tmp_path, world_size=2, attempt=1)

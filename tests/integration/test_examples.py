@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import runpy
 import shutil
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from orchestrator.integrations.lightning.atomic_io import verify
+from orchestrator.paths import RunPaths
 from tests.integration.forked import TIMEOUT_S, Interruption, outputs, run_ranks
 from tests.integration.toy import verdict
 
@@ -35,8 +37,13 @@ def execute_and_stop(example: Path, run_dir: Path, number: int = signal.SIGUSR1)
 
 @pytest.mark.parametrize("name", ["plain_torch.py", "plain_lightning.py"])
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_example(tmp_path: Path, name: str, world_size: int) -> None:
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["", "async"])
+def test_example(tmp_path: Path, name: str, world_size: int, asynchronous: bool) -> None:
     example, untouched, stopped = EXAMPLES / name, tmp_path / "untouched", tmp_path / "stopped"
+    if asynchronous:
+        plan = RunPaths(stopped).agent_plan
+        plan.parent.mkdir(parents=True)
+        plan.write_text(json.dumps({"checkpoint": {"every_steps": 1, "async": True}}))
     run = partial(execute, example)
     assert set(run_ranks(run, untouched, world_size=world_size, attempt=0)) == {0}, outputs(untouched, 0)
     interrupted = partial(execute_and_stop, example, stopped)

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ class Toy:
     every_steps: int | None = None
     every_epochs: int | None = 1
     every_minutes: float | None = None
+    asynchronous: bool = False
+    slow_disk_s: float = 0.0  # that every data file takes longer
     at: int | None = None
     at_validation_batch: int | None = None  # of the validation that follows `at`
     rank: int = 0
@@ -170,10 +173,23 @@ def trainer_options(toy: Toy, run_dir: Path, world_size: int) -> dict[str, Any]:
     }
 
 
+def _slow_down(store: Any, seconds: float) -> None:
+    write_data = store.medium.write_data
+
+    def slowly(name: str, write: Any, *, note: Any) -> Any:
+        time.sleep(seconds)
+        return write_data(name, write, note=note)
+
+    store.medium.write_data = slowly
+
+
 def train(toy: Toy, run_dir: Path) -> None:
     """One attempt, in this process; ends it when interrupted."""
     torch.set_num_threads(1)
-    exact = ExactResume(seed=7, settings=CheckpointSettings(toy.every_steps, toy.every_minutes, toy.every_epochs))
+    settings = CheckpointSettings(toy.every_steps, toy.every_minutes, toy.every_epochs, asynchronous=toy.asynchronous)
+    exact = ExactResume(seed=7, settings=settings)
+    if toy.slow_disk_s:
+        _slow_down(exact.session.store, toy.slow_disk_s)
     sampler = exact.batch_sampler(SIZE, BATCH)
     loader = torch.utils.data.DataLoader(
         SeededDataset(Noisy(), seed=7), batch_sampler=sampler, **exact_loader_options(toy.workers)

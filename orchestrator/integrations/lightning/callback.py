@@ -298,6 +298,7 @@ class ExactResume(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._commit_due = self._step > 0
         self._commit_if_due(trainer)
+        self.session.finish_save()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._agreement is not None:
@@ -311,7 +312,7 @@ class ExactResume(Callback):
             self.session.record_failure(exception)
             return
         with self.session.guard():  # a save that fails now must say so: nobody handles what this hook raises
-            self._commit(trainer)
+            self._commit(trainer, leaving=True)
             for logger in trainer.loggers:
                 logger.finalize("preempted")
         assert self._agreement is not None
@@ -342,12 +343,15 @@ class ExactResume(Callback):
         if self._commit_due:
             self._commit(trainer)
 
-    def _commit(self, trainer: Trainer) -> None:
-        """Collective."""
+    def _commit(self, trainer: Trainer, *, leaving: bool = False) -> None:
+        """Collective. `leaving`: the process is about to end."""
         self._commit_due = False
         if self._schedule.is_saved(self._step) and not trainer.validating:
+            if leaving:
+                self.session.finish_commit()
             return
         assert self._io is not None
+        self._io.leaving = leaving
         trainer.save_checkpoint(self._io.target)
         self._schedule.saved(self._step)
 

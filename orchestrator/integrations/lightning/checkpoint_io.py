@@ -4,19 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from lightning.fabric.plugins import CheckpointIO
 
 from orchestrator.integrations.lightning.atomic_io import readable
 from orchestrator.integrations.lightning.starting_point import Start, check_content
+from orchestrator.integrations.saving import StateSaver
 from orchestrator.worker.session import Session
 
 
 class SessionCheckpointIO(CheckpointIO):
-    """`trainer.save_checkpoint(io.target)` becomes a commit: streamed, hashed, fenced. Lightning calls it on rank 0."""
+    """`trainer.save_checkpoint(io.target)` becomes a commit: streamed, hashed, fenced. Lightning calls it on rank 0.
+
+    While `leaving` is set, the process is about to end: nothing is left to be written beside the training.
+    """
 
     def __init__(self, session: Session, inner: CheckpointIO, start: Start | None = None) -> None:
+        self.leaving = False
         self._session = session
+        self._saver = StateSaver(session)
         self._inner = inner
         self._foreign = start.path if start is not None and start.foreign else None
         self.target = f"{session.store.uri}/commit"
@@ -25,9 +30,7 @@ class SessionCheckpointIO(CheckpointIO):
         if str(path) != self.target:
             self._inner.save_checkpoint(checkpoint, path, storage_options)
             return
-        self._session.commit(
-            lambda file: torch.save(checkpoint, file), step=checkpoint["global_step"], epoch=checkpoint["epoch"]
-        )
+        self._saver.save(checkpoint, step=checkpoint["global_step"], epoch=checkpoint["epoch"], leaving=self.leaving)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         if weights_only is None and self._session.wrote(str(path)):

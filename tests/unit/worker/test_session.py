@@ -11,10 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import pytest
 
+from orchestrator.checkpoint import PosixStore
 from orchestrator.errors import CheckpointError, Fenced
 from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
@@ -123,6 +124,7 @@ def test_the_plan_of_orch_submit_decides(tmp_path: Path, start: Callable[..., Se
             "every_minutes": None,
             "every_epochs": None,
             "keep_last": 2,
+            "async": True,
         },
         "signal": "USR2",
         "code_hash": "abc",
@@ -131,7 +133,9 @@ def test_the_plan_of_orch_submit_decides(tmp_path: Path, start: Callable[..., Se
     (tmp_path / "plan").mkdir()
     RunPaths(tmp_path).agent_plan.write_text(json.dumps(plan))
     session = start(ORCH_CHECKPOINT_URI=str(tmp_path / "elsewhere"))
-    assert session.settings == CheckpointSettings(every_steps=5, every_minutes=None, every_epochs=None, keep_last=2)
+    assert session.settings == CheckpointSettings(
+        every_steps=5, every_minutes=None, every_epochs=None, keep_last=2, asynchronous=True
+    )
     assert session.signals == (signal.SIGUSR2, signal.SIGTERM)
     session.resume()
     manifest = session.commit(lambda file: file.write(b"x"), step=1, epoch=0)
@@ -281,6 +285,194 @@ def test_other_ranks_neither_search_nor_write(tmp_path: Path, start: Callable[..
 def test_commit_without_a_fence_is_refused(start: Callable[..., Session]) -> None:
     with pytest.raises(CheckpointError, match="resume"):
         start().commit(lambda file: file.write(b"x"), step=1, epoch=0)
+
+
+# --- a save beside the training
+
+
+class Held:
+    """Writes its content once it is let."""
+
+    def __init__(self, content: bytes = b"x", error: Exception | None = None) -> None:
+        self.content, self.error = content, error
+        self.begun, self.let = threading.Event(), threading.Event()
+
+    def __call__(self, file: BinaryIO) -> None:
+        self.begun.set()
+        assert self.let.wait(20)
+        if self.error is not None:
+            raise self.error
+        file.write(self.content)
+
+    def freeze(self) -> Callable[[BinaryIO], None]:
+        return self
+
+
+def test_training_goes_on_while_a_save_is_written(start: Callable[..., Session]) -> None:
+    session, held = start(), Held()
+    session.resume()
+    session.commit_async(held.freeze, step=1, epoch=0)
+    assert held.begun.wait(20)
+    session.report(2, 0, 10)
+    assert session.last_manifest is None
+    held.let.set()
+    session.finish_save()
+    assert session.last_manifest is not None
+    assert session.last_manifest.step == 1
+    assert session._position == (2, 0)  # where the training is, not what was saved
+
+
+def test_a_second_save_waits_for_the_first_before_it_touches_the_state(start: Callable[..., Session]) -> None:
+    session, held = start(), Held()
+    session.resume()
+    session.commit_async(held.freeze, step=1, epoch=0)
+    frozen = threading.Event()
+
+    def freeze() -> Callable[[BinaryIO], object]:
+        assert session.last_manifest is not None
+        assert session.last_manifest.step == 1
+        frozen.set()
+        return lambda file: file.write(b"y")
+
+    second = threading.Thread(target=session.commit_async, args=(freeze,), kwargs={"step": 2, "epoch": 0})
+    second.start()
+    assert held.begun.wait(20)
+    assert not frozen.wait(0.1)
+    held.let.set()
+    second.join(20)
+    session.finish_save()
+    assert [manifest.step for manifest in session.store.manifests()] == [2, 1]
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), ValueError("cannot be written")])
+def test_a_failed_save_is_raised_by_the_next_report_and_once(start: Callable[..., Session], failure: Exception) -> None:
+    session, held = start(), Held(error=failure)
+    session.resume()
+    session.commit_async(held.freeze, step=1, epoch=0)
+    held.let.set()
+    assert eventually(lambda: session._in_flight is not None and session._in_flight.error is not None)
+    expected = CheckpointError if isinstance(failure, OSError) else ValueError
+    with pytest.raises(expected, match="No space left" if isinstance(failure, OSError) else "cannot be written"):
+        session.report(2, 0, 10)
+    session.report(3, 0, 10)
+    session.commit(lambda file: file.write(b"x"), step=3, epoch=0)
+
+
+def test_a_save_beside_the_training_that_is_fenced_ends_as_any_other(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    session, held = start(), Held()
+    with pytest.raises(Exited) as left, session.guard():
+        session.resume()
+        session.commit_async(held.freeze, step=1, epoch=0)
+        start(attempt=1).resume()
+        held.let.set()
+        assert eventually(lambda: session._in_flight is not None and session._in_flight.error is not None)
+        session.report(2, 0, 10)
+    assert left.value.code == 93
+    assert verdict(tmp_path)["outcome"] == "fenced"
+
+
+@pytest.mark.parametrize("leave", [lambda: None, lambda: sys.exit(0)], ids=["at its end", "by sys.exit(0)"])
+def test_the_last_save_is_waited_for_and_its_failure_is_the_runs(
+    tmp_path: Path, start: Callable[..., Session], leave: Callable[[], object]
+) -> None:
+    session, held = start(), Held(error=OSError(5, "Input/output error"))
+    with pytest.raises(CheckpointError, match="Input/output error"), session.guard():
+        session.resume()
+        session.commit_async(held.freeze, step=1, epoch=0)
+        threading.Timer(0.1, held.let.set).start()
+        leave()
+    assert (verdict(tmp_path)["outcome"], verdict(tmp_path)["reason"]) == ("failed", "checkpoint_failure")
+
+
+def test_nothing_is_completed_before_its_last_save(tmp_path: Path, start: Callable[..., Session]) -> None:
+    session, held = start(), Held()
+    session.resume()
+    session.commit_async(held.freeze, step=1, epoch=0)
+    threading.Timer(0.1, held.let.set).start()
+    session.verdict("completed", step=1, epoch=0)
+    assert verdict(tmp_path)["checkpoint"] is not None
+
+
+def test_old_checkpoints_go_beside_the_training_too(start: Callable[..., Session]) -> None:
+    session = start()
+    session.settings = CheckpointSettings(keep_last=2, asynchronous=True)
+    session.resume()
+    for step in range(1, 5):
+        session.commit_async(lambda: lambda file: file.write(b"x"), step=step, epoch=0)
+    session.finish_save()
+    assert [manifest.step for manifest in session.store.manifests()] == [4, 3]
+
+
+@pytest.mark.parametrize(("seconds_left", "saved"), [(None, 2), (100, 2), (0.001, 1)])
+def test_a_stop_finishes_the_save_in_flight_and_then_saves_if_time_allows(
+    tmp_path: Path, start: Callable[..., Session], seconds_left: float | None, saved: int
+) -> None:
+    session, held = start(), Held()
+    session.resume()
+    if seconds_left is not None:
+        write_json(tmp_path / "deadline.json", {"deadline": time.time() + seconds_left + DEADLINE_MARGIN_S})
+    session.commit_async(held.freeze, step=1, epoch=0)
+    threading.Timer(0.1, held.let.set).start()
+    session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
+    with pytest.raises(Exited):
+        session.stopped(step=2, epoch=0)
+    said = verdict(tmp_path)
+    assert (said["outcome"], said["step"]) == ("saved", saved)
+    assert said["checkpoint"] == session.checkpoint_path(session.store.manifests()[0])
+    assert [manifest.step for manifest in session.store.manifests()] == list(range(saved, 0, -1))
+
+
+def test_without_a_save_in_flight_a_stop_always_tries(tmp_path: Path, start: Callable[..., Session]) -> None:
+    session = start()
+    session.resume()
+    session.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+    write_json(tmp_path / "deadline.json", {"deadline": time.time() + DEADLINE_MARGIN_S})
+    session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
+    assert session.store.manifests()[0].step == 2
+
+
+def test_a_stop_does_not_wait_for_old_checkpoints_to_be_removed(start: Callable[..., Session]) -> None:
+    """And the removal, when it goes on, does not turn last.ckpt back to the checkpoint it knows of."""
+    session = start()
+    session.settings = CheckpointSettings(keep_last=2)
+    session.resume()
+    verifying, go_on = threading.Event(), threading.Event()
+    store = session.store
+    assert isinstance(store, PosixStore)
+    examine = store.medium.examine
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        verifying.set()
+        assert go_on.wait(20)
+        return examine(*arguments, **options)
+
+    for step in (1, 2):
+        session.commit(lambda file: file.write(b"x"), step=step, epoch=0)
+    store.medium.examine = slow  # type: ignore[method-assign]
+    session.commit_async(lambda: lambda file: file.write(b"x"), step=3, epoch=0)
+    assert verifying.wait(20)
+    session.commit_before_leaving(lambda file: file.write(b"y"), step=4, epoch=0)
+    go_on.set()
+    session.finish_save()
+    assert [manifest.step for manifest in store.manifests()] == [4, 3, 2, 1]
+    assert store.medium.pointer() == store.manifests()[0].files[0].name
+
+
+def test_the_deadline_ends_a_save_in_flight_that_does_not_end(tmp_path: Path, start: Callable[..., Session]) -> None:
+    session, held = start(), Held()
+    session.resume()
+    session.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+    session.commit_async(held.freeze, step=2, epoch=0)
+    session.report(3, 0, None)
+    with pytest.raises(Exited) as left:
+        session._deadline_missed()
+    held.let.set()
+    assert left.value.code == 0
+    said = verdict(tmp_path)
+    assert (said["outcome"], said["reason"]) == ("unsaved", "deadline_missed")
+    assert "step 1 stands" in said["message"]
 
 
 # --- a disk that takes nothing any more
