@@ -6,6 +6,10 @@ import array
 import errno
 import hashlib
 import io
+import random
+import threading
+from contextlib import nullcontext
+from typing import BinaryIO
 
 import pytest
 
@@ -22,6 +26,37 @@ def test_hashes_and_counts_what_goes_through() -> None:
     assert sizes == [3, 2, 3, 16]  # bytes, not items
     assert stream.size == stream.tell() == len(written) == 24
     assert stream.sha256 == hashlib.sha256(written).hexdigest()
+
+
+@pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, 4 << 20, (13 << 20) + 7])
+def test_hashes_beside_the_writing_what_its_owner_changes_afterwards(size: int) -> None:
+    content = random.Random(size).randbytes(size)
+    stream, memory, begin = HashingWriter(io.BytesIO()), bytearray(3 << 20), 0
+
+    def write(file: BinaryIO) -> None:
+        nonlocal begin
+        while piece := content[begin : begin + len(memory)]:
+            memory[: len(piece)] = piece
+            file.write(memoryview(memory)[: len(piece)])
+            memory[: len(piece)] = bytes(len(piece))
+            begin += len(piece)
+
+    stream.fill(write)
+    assert stream.sha256 == hashlib.sha256(content).hexdigest()
+    stream.write(b"more")
+    assert stream.sha256 == hashlib.sha256(content + b"more").hexdigest()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_thread_that_hashes_ends_with_the_save(fails: bool) -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(bytes(20 << 20))
+        if fails:
+            raise ValueError("on purpose")
+
+    with pytest.raises(ValueError, match="on purpose") if fails else nullcontext():
+        HashingWriter(io.BytesIO()).fill(write)
+    assert "orch-hash" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_is_a_file_that_can_only_be_written() -> None:

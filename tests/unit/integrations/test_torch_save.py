@@ -68,7 +68,7 @@ def test_a_full_disk_in_the_middle_of_torch_save_is_told_as_such(tmp_path: Path)
 
         class FillingUp:
             def write(self, data: Any) -> int:
-                if raw.tell() + len(data) > 100_000:
+                if file.tell() + len(data) > 100_000:
                     raise OSError(errno.ENOSPC, "No space left on device")
                 return int(raw.write(data))
 
