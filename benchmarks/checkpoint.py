@@ -13,6 +13,7 @@ import argparse
 import json
 import logging
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -31,7 +32,7 @@ import torch.distributed.checkpoint as dcp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # tests.objects: the S3 server
 
-from orchestrator.checkpoint import CheckpointStore, Fence, PosixStore, take_over
+from orchestrator.checkpoint import PosixStore, take_over
 from orchestrator.checkpoint.objects import ObjectStore
 from orchestrator.integrations.saving import StateSaver
 from orchestrator.worker.session import CheckpointSettings, Session
@@ -58,7 +59,11 @@ def make_state() -> dict[str, Any]:
 
 
 class Disk:
-    """The measured operations that end on the disk. Each leaves nothing that the next one pays for."""
+    """The measured operations that end on the disk.
+
+    Each that writes removes what it wrote last time just before: pages that were freed a moment ago cost less than
+    those that a virtual machine has to ask its host for, and each shall find the same.
+    """
 
     def __init__(self, directory: Path, state: dict[str, Any]) -> None:
         self.directory = directory
@@ -69,8 +74,6 @@ class Disk:
         )
         self.session.resume()
         self.saver = StateSaver(self.session)
-        self.store: CheckpointStore = PosixStore(directory / "store")
-        self.fence: Fence = take_over(self.store, attempt=0)[1]
         self._save_with_torch()
         self.bytes = (directory / "plain.pt").read_bytes()
 
@@ -88,15 +91,19 @@ class Disk:
             os.fsync(file.fileno())
 
     def torch_save_fsync(self) -> float:
+        (self.directory / "plain.pt").unlink()
         return timed(self._save_with_torch)
 
     def raw_write_fsync(self) -> float:
+        path = self.directory / "raw"
+
         def write() -> None:
-            with (self.directory / "raw").open("wb") as file:
+            with path.open("wb") as file:
                 file.write(self.bytes)
                 file.flush()
                 os.fsync(file.fileno())
 
+        path.unlink(missing_ok=True)
         return timed(write)
 
     def async_stall(self) -> float:
@@ -112,10 +119,10 @@ class Disk:
         return seconds
 
     def durable_save(self) -> float:
-        write = partial(torch.save, self.state)
-        seconds = timed(lambda: self.store.commit(self.fence, write, step=self._next(), epoch=0, world_size=1))
-        self.store.collect_garbage(self.fence, keep_last=2)
-        return seconds
+        shutil.rmtree(self.directory / "store", ignore_errors=True)
+        store = PosixStore(self.directory / "store")
+        _, fence = take_over(store, attempt=0)
+        return timed(lambda: store.commit(fence, partial(torch.save, self.state), step=1, epoch=0, world_size=1))
 
     def torch_load(self) -> float:
         path = self.directory / "plain.pt"
@@ -127,7 +134,7 @@ class Disk:
             forget(path)
 
         def load() -> None:
-            found = self.store.find()
+            found = PosixStore(self.directory / "store").find()
             assert found is not None
             torch.load(found.path, weights_only=True)
 

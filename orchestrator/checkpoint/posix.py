@@ -22,7 +22,7 @@ from orchestrator.checkpoint.stream import HashingWriter, ParallelHash
 from orchestrator.errors import CheckpointError
 from orchestrator.files import fsync_dir, open_atomic, write_atomic
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 4 << 20
 _AHEAD_BYTES = 16 << 20
 _WRITEBACK_BYTES = 16 << 20
 _VANISHING = (errno.ENOENT, errno.ESTALE)  # what an NFS client answers for a moment after a rename on another machine
@@ -269,7 +269,7 @@ def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None) -> s
         digest = ParallelHash()
         try:
             for chunk in _chunks(handle):
-                digest.update(chunk)
+                digest.begin(chunk)
                 if reading is not None:
                     reading(len(chunk))
         finally:
@@ -280,8 +280,8 @@ def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None) -> s
 
 
 def _chunks(handle: io.FileIO) -> Iterator[memoryview]:
-    """The content, in a buffer that is used again. The disk is kept busy with what comes next."""
-    buffer = memoryview(bytearray(_CHUNK_BYTES))
+    """The content, in two buffers by turns: one is hashed while the other is filled. The disk is kept busy."""
+    buffer, other = (memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2))
     position = 0
     while True:
         os.posix_fadvise(handle.fileno(), position + _CHUNK_BYTES, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
@@ -290,6 +290,7 @@ def _chunks(handle: io.FileIO) -> Iterator[memoryview]:
             return
         position += count
         yield buffer[:count]
+        buffer, other = other, buffer
 
 
 class _EarlyWriteback:
@@ -299,7 +300,7 @@ class _EarlyWriteback:
         self._handle = handle
         self._written = self._begun = 0
 
-    def write(self, data: memoryview) -> None:
+    def write(self, data: memoryview) -> int:
         self._handle.write(data)
         self._written += len(data)
         if self._written - self._begun >= _WRITEBACK_BYTES:
@@ -307,6 +308,7 @@ class _EarlyWriteback:
             # Linux starts to write a range that it is told to forget. It only forgets what is on the disk.
             os.posix_fadvise(self._handle.fileno(), self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
             self._begun = self._written
+        return len(data)
 
 
 def _set_aside(path: Path) -> None:

@@ -13,62 +13,58 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 
-_CHUNK_BYTES = 4 << 20
-_CHUNKS = 3  # one is filled while one is hashed; the third bridges their different paces
+_WORTH_A_THREAD = 256 << 10  # bytes; to hash less takes no longer than to wake another thread
 
 
 class ParallelHash:
     """SHA-256 beside the thread that reads or writes: hashlib lets go of the interpreter lock, so both go on at once.
 
-    What is small is hashed in the calling thread. Call `stop` when done: the thread ends then.
+    Call `stop` when done: the thread ends then.
     """
 
     def __init__(self) -> None:
         self._digest = hashlib.sha256()
-        self._chunk, self._used = bytearray(_CHUNK_BYTES), 0
-        self._chunks = 1
-        self._full: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
-        self._empty: queue.SimpleQueue[bytearray] = queue.SimpleQueue()
+        self._begun: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
+        self._done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waiting = False
         self._thread: threading.Thread | None = None
 
-    def update(self, data: memoryview) -> None:
-        """Hash `data` sometime; it is copied, for its owner may use the memory again."""
-        while data:
-            count = min(len(data), _CHUNK_BYTES - self._used)
-            self._chunk[self._used : self._used + count] = data[:count]
-            self._used += count
-            data = data[count:]
-            if self._used == _CHUNK_BYTES:
-                self._hand_over()
-
-    def _hand_over(self) -> None:
+    def begin(self, data: memoryview) -> None:
+        """Start to hash `data`, which must stay as it is until `wait` has returned."""
+        self.wait()
+        if len(data) < _WORTH_A_THREAD:
+            self._digest.update(data)
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="orch-hash", daemon=True)
             self._thread.start()
-        self._full.put(self._chunk)
-        if self._chunks < _CHUNKS:
-            self._chunks += 1
-            self._empty.put(bytearray(_CHUNK_BYTES))
-        self._chunk, self._used = self._empty.get(), 0
+        self._waiting = True
+        self._begun.put(data)
+
+    def wait(self) -> None:
+        """Until all that was begun is hashed."""
+        if self._waiting:
+            self._done.get()
+            self._waiting = False
 
     def _run(self) -> None:
-        while (chunk := self._full.get()) is not None:
-            self._digest.update(chunk)
-            self._empty.put(chunk)
+        while (data := self._begun.get()) is not None:
+            self._digest.update(data)
+            del data  # else it would be kept until the next
+            self._done.put(None)
 
     def stop(self) -> None:
-        """Wait until all that was handed over is hashed; the thread ends."""
+        """As `wait`; the thread ends."""
+        self.wait()
         if self._thread is not None:
-            self._full.put(None)
+            self._begun.put(None)
             self._thread.join()
             self._thread = None
 
     def hexdigest(self) -> str:
         """Of everything so far."""
-        self.stop()
-        digest = self._digest.copy()
-        digest.update(memoryview(self._chunk)[: self._used])
-        return digest.hexdigest()
+        self.wait()
+        return self._digest.hexdigest()
 
 
 class HashingWriter(io.BufferedIOBase):
@@ -89,12 +85,14 @@ class HashingWriter(io.BufferedIOBase):
         if self.error is not None:
             raise self.error  # a hole in the middle of the file would otherwise go unnoticed
         view = memoryview(data).cast("B")
+        self._hash.begin(view)
         try:
             self._raw.write(view)
         except OSError as error:
             self.error = error
             raise
-        self._hash.update(view)
+        finally:
+            self._hash.wait()  # the memory is its owner's again
         self.size += len(view)
         return len(view)
 

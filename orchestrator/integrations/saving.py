@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import pickle
 from collections import defaultdict
@@ -104,7 +105,12 @@ class _Copies:
             key = (storage.nbytes(), pinned)
             waiting = self._free.get(key)
             copy = waiting.pop() if waiting else _allocate(*key)
-            copy.copy_(storage, non_blocking=pinned)
+            if storage.device.type == "cpu":
+                # torch would copy with all its threads, and wait for the slowest: on busy cores that takes ten times
+                # as long as one thread does.
+                ctypes.memmove(copy.data_ptr(), storage.data_ptr(), storage.nbytes())
+            else:
+                copy.copy_(storage, non_blocking=pinned)
             if pinned:
                 self._devices.add(storage.device)
             self._copied[storage._cdata] = copy
