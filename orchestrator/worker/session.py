@@ -368,7 +368,7 @@ class Session:
         """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands."""
         fence = self._require_fence()
         self.finish_save()
-        manifest = self._commit(fence, write, step, epoch)
+        manifest = self._commit(fence, write, step, epoch, emergency=self.stop_requested)
         self._position = (step, epoch)
         self._tidy_up(fence)
         return manifest
@@ -382,19 +382,25 @@ class Session:
         fence = self._require_fence()
         self.finish_save()
         write = freeze()
-        self._in_flight = BackgroundSave(lambda: self._commit(fence, write, step, epoch), lambda: self._tidy_up(fence))
+        self._in_flight = BackgroundSave(
+            lambda: self._commit(fence, write, step, epoch, emergency=False), lambda: self._tidy_up(fence)
+        )
 
     def commit_before_leaving(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> None:
         """Rank 0: the save that a stop asks for. One in flight comes first, and may leave too little time for this one:
-        then its checkpoint is the last."""
+        then its checkpoint is the last. An upload is not waited for: this save goes to the run directory at once."""
         self._leaving = True
         flying = self._in_flight is not None
+        if self._refuge is not None:
+            self._raise_failed_save()
+            self._in_flight = None  # ends with the process; what it has not published does not exist
+            flying = False
         self.finish_commit()
         left = self.seconds_left()
         if flying and left is not None and self._commit_s is not None and left < SAVE_SAFETY * self._commit_s:
             log.warning("%.0f s are left, too few to save step %d: %s", left, step, self._standing_checkpoint())
             return
-        self._commit(self._require_fence(), write, step, epoch)
+        self._commit(self._require_fence(), write, step, epoch, emergency=True)
         self._position = (step, epoch)
 
     def finish_save(self) -> None:
@@ -415,10 +421,12 @@ class Session:
             self._in_flight = None
             raise error
 
-    def _commit(self, fence: Fence, write: Callable[[BinaryIO], object], step: int, epoch: int) -> Manifest:
+    def _commit(
+        self, fence: Fence, write: Callable[[BinaryIO], object], step: int, epoch: int, *, emergency: bool
+    ) -> Manifest:
         """In the thread of the save, where there is one."""
         started = time.monotonic()
-        manifest = self._where(self.stop_requested).commit(
+        manifest = self._where(emergency).commit(
             fence,
             write,
             step=step,
@@ -465,7 +473,10 @@ class Session:
         self._tidy_up(self._require_fence())
 
     def _tell(self, manifest: Manifest, seconds: float) -> None:
-        self.last_manifest = manifest
+        if (
+            self.last_manifest is None or manifest.rank > self.last_manifest.rank
+        ):  # an upload may end after a later save
+            self.last_manifest = manifest
         self._committed_at = time.time()
         self._commit_s = seconds
         self.event(

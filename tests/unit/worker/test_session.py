@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import pytest
 
-from orchestrator.checkpoint import PosixStore
+from orchestrator.checkpoint import PosixStore, Refuge
 from orchestrator.errors import CheckpointError, Fenced
 from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
@@ -422,6 +422,24 @@ def test_a_stop_finishes_the_save_in_flight_and_then_saves_if_time_allows(
     assert (said["outcome"], said["step"]) == ("saved", saved)
     assert said["checkpoint"] == session.checkpoint_path(session.store.manifests()[0])
     assert [manifest.step for manifest in session.store.manifests()] == list(range(saved, 0, -1))
+
+
+def test_a_stop_does_not_wait_for_an_upload(tmp_path: Path, start: Callable[..., Session]) -> None:
+    """With an object store the last save goes to the run directory, and an upload in flight would only delay it."""
+    session, held = start(), Held()
+    session.resume()
+    session._refuge = Refuge(tmp_path / "refuge")
+    session.commit_async(held.freeze, step=1, epoch=0)
+    upload = session._in_flight
+    assert upload is not None
+    assert held.begun.wait(20)
+    session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
+    held.let.set()
+    upload.wait()  # it ends all the same before the process does
+    with pytest.raises(Exited):
+        session.stopped(step=2, epoch=0)
+    assert [manifest.step for manifest in session._refuge.store.manifests()] == [2]
+    assert (verdict(tmp_path)["outcome"], verdict(tmp_path)["step"]) == ("saved", 2)
 
 
 def test_without_a_save_in_flight_a_stop_always_tries(tmp_path: Path, start: Callable[..., Session]) -> None:
