@@ -11,12 +11,14 @@ from typing import Any
 from orchestrator.checkpoint.lineage import Fence, Lineage
 from orchestrator.checkpoint.manifest import CheckpointName, FileEntry, Manifest, parse_manifest
 from orchestrator.checkpoint.posix import PosixStore
-from orchestrator.checkpoint.protocol import CheckpointStore, Found, Reading, Skipped, Trace, take_over
+from orchestrator.checkpoint.protocol import CheckpointStore, Found, Listed, Reading, Skipped, Trace, take_over
 from orchestrator.checkpoint.refuge import Brought, Refuge
+from orchestrator.checkpoint.retention import Best, Retention, kept
 from orchestrator.errors import CheckpointError
 from orchestrator.paths import parse_url
 
 __all__ = [
+    "Best",
     "Brought",
     "CheckpointName",
     "CheckpointStore",
@@ -24,12 +26,15 @@ __all__ = [
     "FileEntry",
     "Found",
     "Lineage",
+    "Listed",
     "Manifest",
     "PosixStore",
     "Reading",
     "Refuge",
+    "Retention",
     "Skipped",
     "Trace",
+    "kept",
     "open_store",
     "parse_manifest",
     "take_over",

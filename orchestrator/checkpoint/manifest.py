@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,8 @@ class Manifest:
     directory: str = ""  # where it was read from; not part of the file
     sequence: int = 0  # n-th commit of its attempt: tells two saves of the same step apart
     base_step: int | None = None  # a copy of its epoch's base, should the fence file be damaged; -1 = from scratch
+    metrics: Mapping[str, float] = field(default_factory=dict, hash=False)  # finite; as known when it was saved
+    data: str | None = None  # fingerprint of the training data, where the training code gives one
 
     @property
     def name(self) -> CheckpointName:
@@ -127,6 +131,19 @@ class Manifest:
     def sharded(self) -> bool:
         """Whether its tensors lie in shards, in pieces that its index names."""
         return INDEX_PART in self.parts()
+
+    @property
+    def location(self) -> str:
+        """Path or URL of the file to load (the first one, when there are several)."""
+        return f"{self.directory}/{self.files[0].name}"
+
+    @property
+    def sha256(self) -> str:
+        """Of its data: the file's own; of several files that of the lines `<sha256>  <name>`, sorted by name."""
+        if len(self.files) == 1:
+            return self.files[0].sha256
+        lines = (f"{entry.sha256}  {entry.name}\n" for entry in sorted(self.files, key=lambda entry: entry.name))
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     @property
     def size_bytes(self) -> int:
@@ -154,6 +171,8 @@ class Manifest:
             "code_hash": self.code_hash,
             "image": self.image,
             "committed_at": self.committed_at,
+            "metrics": dict(self.metrics),
+            "data": self.data,
         }
         return json.dumps(fields, indent=1).encode() + b"\n"
 
@@ -179,6 +198,7 @@ def _from_fields(fields: Mapping[str, Any], directory: str) -> Manifest:
     if integer(fields["version"]) > MANIFEST_VERSION:
         raise ValueError(f"version {fields['version']} was written by a newer orch")
     base_step, code_hash, image = fields.get("base_step"), fields.get("code_hash"), fields.get("image")
+    data = fields.get("data")
     return Manifest(
         step=integer(fields["step"]),
         epoch=integer(fields["epoch"]),
@@ -193,7 +213,14 @@ def _from_fields(fields: Mapping[str, Any], directory: str) -> Manifest:
         directory=directory,
         sequence=integer(fields.get("sequence", 0)),
         base_step=None if base_step is None else integer(base_step),
+        metrics=finite({str(name): float(value) for name, value in fields.get("metrics", {}).items()}),
+        data=None if data is None else str(data),
     )
+
+
+def finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that can be compared: NaN and infinity are none, and are no JSON (pure)."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
 
 def check_files(files: Sequence[FileEntry], name: CheckpointName) -> None:

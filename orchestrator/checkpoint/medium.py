@@ -37,6 +37,10 @@ class Medium(Protocol):
         """All names; none when the place does not exist yet."""
         ...
 
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of every file, by name."""
+        ...
+
     def read(self, name: str) -> bytes:
         """Content of a small file that was listed a moment ago. Raises FileNotFoundError when it is gone."""
         ...
@@ -71,6 +75,10 @@ class Medium(Protocol):
 
         Raises Vanished when its checkpoint is not `committed` any more.
         """
+        ...
+
+    def fetch(self, entry: FileEntry, copy: BinaryIO, *, reading: Reading | None) -> str | None:
+        """Copy a data file; what does not match its entry, or None. Raises OSError of either side."""
         ...
 
     def local(self, name: str) -> Path:

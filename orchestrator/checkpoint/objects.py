@@ -120,6 +120,18 @@ class Bucket:
             return []
         return [str(path).rpartition("/")[2] for path in found if str(path).rstrip("/") != self._root]
 
+    def sizes(self) -> dict[str, int]:
+        """See Medium.sizes."""
+        try:
+            found = self._ask(lambda: self._files.ls(self._root, detail=True, refresh=True))
+        except FileNotFoundError:
+            return {}
+        return {
+            str(entry["name"]).rpartition("/")[2]: int(entry.get("size") or 0)
+            for entry in found
+            if str(entry["name"]).rstrip("/") != self._root
+        }
+
     def read(self, name: str) -> bytes:
         """See Medium.read."""
         return bytes(self._ask(lambda: self._files.cat_file(self._at(name))))
@@ -141,18 +153,29 @@ class Bucket:
             self._kept.add(entry.name)
         return None if problem is None else Problem(problem, certain=True)
 
+    def fetch(self, entry: FileEntry, copy: BinaryIO, *, reading: Reading | None) -> str | None:
+        """See Medium.fetch."""
+
+        def receive() -> str | None:
+            copy.seek(0)  # an earlier try may have come some way
+            copy.truncate()
+            return self._receive(entry, copy, reading)
+
+        return self._ask(receive)
+
     def _download(self, entry: FileEntry, keep: bool, reading: Reading | None) -> str | None:
-        digest, size = hashlib.sha256(), 0
         if keep:
             self._require_room(entry.size)
-        with (
-            self._files.open(self._at(entry.name), "rb", cache_type="readahead", block_size=_CHUNK_BYTES) as remote,
-            (self.local(entry.name) if keep else Path(os.devnull)).open("wb") as staged,
-        ):
+        with (self.local(entry.name) if keep else Path(os.devnull)).open("wb") as staged:
+            return self._receive(entry, staged, reading)
+
+    def _receive(self, entry: FileEntry, copy: BinaryIO, reading: Reading | None) -> str | None:
+        digest, size = hashlib.sha256(), 0
+        with self._files.open(self._at(entry.name), "rb", cache_type="readahead", block_size=_CHUNK_BYTES) as remote:
             while chunk := remote.read(_CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
-                staged.write(chunk)
+                copy.write(chunk)
                 if reading is not None:
                     reading(len(chunk))
         if size != entry.size:

@@ -73,6 +73,14 @@ class Directory:
                 self._sleep(delay)
         raise AssertionError("unreachable")
 
+    def sizes(self) -> dict[str, int]:
+        """See Medium.sizes; of a link its own."""
+        found = {}
+        for name in self.names():
+            with suppress(FileNotFoundError):  # removed since
+                found[name] = (self.path / name).lstat().st_size
+        return found
+
     def read(self, name: str) -> bytes:
         """See Medium.read; ENOENT and ESTALE are retried."""
         for delay in (*RETRY_DELAYS_S, None):
@@ -108,6 +116,10 @@ class Directory:
                 break
             self._sleep(delay)
         return problem
+
+    def fetch(self, entry: FileEntry, copy: BinaryIO, *, reading: Reading | None) -> str | None:
+        """See Medium.fetch."""
+        return _mismatch(self.path / entry.name, entry, reading, copy)
 
     def local(self, name: str) -> Path:
         """See Medium.local: the file itself."""
@@ -258,8 +270,9 @@ _HINTS = {
 }
 
 
-def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None) -> str | None:
-    """How the file differs from its entry, read from the disk rather than from memory. Raises OSError."""
+def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None, copy: BinaryIO | None = None) -> str | None:
+    """How the file differs from its entry, read from the disk rather than from memory; copied on its way. Raises
+    OSError."""
     with path.open("rb", buffering=0) as handle:
         # What was just written is still in the page cache; reading that back would prove nothing about the disk.
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -270,6 +283,8 @@ def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None) -> s
         try:
             for chunk in _chunks(handle):
                 digest.begin(chunk)
+                if copy is not None:
+                    copy.write(chunk)
                 if reading is not None:
                     reading(len(chunk))
         finally:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from orchestrator.checkpoint.lineage import Fence
 from orchestrator.checkpoint.manifest import CheckpointName, FileEntry, Manifest
+from orchestrator.checkpoint.retention import Best
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 
 if TYPE_CHECKING:
@@ -46,6 +47,17 @@ class Found:
     def path(self) -> Path:
         """Of the file that every checkpoint has."""
         return self.files[self.manifest.name.data]
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint as a listing shows it. `problem`: why nobody resumes from it, as far as names, manifest and sizes
+    tell; None when they tell nothing against it. `manifest` is None where it cannot be read."""
+
+    name: CheckpointName
+    location: str
+    manifest: Manifest | None
+    problem: str | None
 
 
 class CheckpointStore(Protocol):
@@ -96,9 +108,14 @@ class CheckpointStore(Protocol):
         world_size: int,
         code_hash: str | None = None,
         image: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        data: str | None = None,
         trace: Trace | None = None,
     ) -> Manifest:
         """Publish what `write` writes as the checkpoint of `step`; on return it is durable.
+
+        `metrics` are what `keep_best` chooses by (NaN and infinity are left out), `data` is a fingerprint of the
+        training data.
 
         Raises Fenced when a newer attempt owns the run, CheckpointError when it could not be written (then the previous
         checkpoint stands); what `write` raises itself passes through.
@@ -138,6 +155,8 @@ class CheckpointStore(Protocol):
         world_size: int,
         code_hash: str | None = None,
         image: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        data: str | None = None,
         trace: Trace | None = None,
     ) -> Manifest:
         """Make the checkpoint of these files visible: manifest, ownership, pointer. The first has no `part`.
@@ -169,12 +188,45 @@ class CheckpointStore(Protocol):
         """
         ...
 
-    def collect_garbage(self, fence: Fence, *, keep_last: int, trace: Trace | None = None) -> list[str]:
-        """Remove all but the newest `keep_last` (never fewer than two) live checkpoints; returns the names removed.
+    def inventory(self) -> list[Listed]:
+        """Every committed checkpoint, newest first, live or not. No data is read and nothing is changed."""
+        ...
 
-        Reads the newest back first: CheckpointCorrupt, and nothing is removed, when it does not match. Leftovers of
-        older attempts are swept. Raises Fenced, CheckpointError.
+    def owner(self) -> Fence | None:
+        """The newest fence that counts: the attempt that owns the run. None before the first."""
+        ...
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of every file there is, by name."""
+        ...
+
+    def copy_to(self, directory: Path, manifest: Manifest, *, reading: Reading | None = None) -> Path:
+        """Copy a checkpoint into a local directory (made if missing), compared on its way; the path to load.
+
+        Each file appears whole and durable, the manifest last. Raises CheckpointCorrupt when the bytes do not match,
+        CheckpointError when they cannot be read or written.
         """
+        ...
+
+    def collect_garbage(
+        self,
+        fence: Fence,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        keep_best: Best | None = None,
+        trace: Trace | None = None,
+    ) -> list[str]:
+        """Remove live checkpoints that no rule keeps (`retention.kept`), and dead ones; returns the names removed.
+
+        Reads the newest back first: CheckpointCorrupt, and nothing is removed, when it does not match. The best are
+        read back once by each instance; a damaged one is set aside and the next takes its place. Leftovers of older
+        attempts are swept. Raises Fenced, CheckpointError.
+        """
+        ...
+
+    def garbage(self, *, keep_last: int, keep_every: int | None = None, keep_best: Best | None = None) -> list[str]:
+        """Names that the next attempt's collection would remove if all bytes match. Changes nothing."""
         ...
 
 

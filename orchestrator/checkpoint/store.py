@@ -11,9 +11,10 @@ import itertools
 import logging
 import os
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO
 
 from orchestrator.checkpoint.coverage import parse_index
@@ -35,15 +36,17 @@ from orchestrator.checkpoint.manifest import (
     FileEntry,
     Manifest,
     check_files,
+    finite,
     parse_manifest,
 )
 from orchestrator.checkpoint.medium import Medium, Vanished
-from orchestrator.checkpoint.protocol import Found, Reading, Skipped, Trace
+from orchestrator.checkpoint.protocol import Found, Listed, Reading, Skipped, Trace
+from orchestrator.checkpoint.retention import Best, Retention, best, kept
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+from orchestrator.files import open_atomic, write_atomic
 
 _log = logging.getLogger(__name__)
 
-MINIMUM_KEPT = 2  # the newest may turn out to be unreadable tomorrow
 REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
 _COPY_BYTES = 8 << 20
 RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -74,6 +77,7 @@ class Store:
         # What the last `find` passed over: a claim may bury it. `_unreadable`: content unknown because of I/O errors.
         self._passed_over: set[CheckpointName] = set()
         self._unreadable: set[CheckpointName] = set()
+        self._read_back: set[CheckpointName] = set()  # their bytes have matched
 
     def weaknesses(self) -> tuple[str, ...]:
         """See CheckpointStore.weaknesses."""
@@ -122,6 +126,66 @@ class Store:
         names = self.medium.names()  # first: whatever is published later, a fence seen afterwards may bury
         elsewhere = (name for place in self._fences if place is not self.medium for name in place.names())
         return [*names, *{n for n in elsewhere if parse_fence_name(n) is not None}.difference(names)]
+
+    def inventory(self) -> list[Listed]:
+        """See CheckpointStore.inventory."""
+        with self._translated("list"):
+            names = self._names()
+            sizes = self.medium.sizes()  # after the names: data is older than its manifest
+            lineage = self._lineage(names)
+            found = []
+            for name in _manifest_names(names):
+                with suppress(Vanished):
+                    found.append(self._listed(name, lineage, sizes))
+        return sorted(found, key=lambda listed: listed.manifest.rank if listed.manifest else _rank(listed.name))[::-1]
+
+    def _listed(self, name: CheckpointName, lineage: Lineage, sizes: Mapping[str, int]) -> Listed:
+        try:
+            manifest = self._load(name)
+        except CheckpointCorrupt as error:
+            return Listed(name, self._locate(name.data), None, error.message)
+        problem = None
+        if not lineage.is_live(name.fence_epoch, name.step):
+            problem = lineage.explain(name.fence_epoch, name.step)
+        for entry in manifest.files:
+            if problem is None and sizes.get(entry.name) != entry.size:
+                if name.manifest not in sizes:
+                    raise Vanished(name.manifest)  # by its owner's garbage collection, since the names were read
+                there = f"has {sizes[entry.name]} bytes" if entry.name in sizes else "is missing"
+                problem = f"{entry.name} {there}, its manifest says {entry.size} bytes"
+        return Listed(name, manifest.location, manifest, problem)
+
+    def owner(self) -> Fence | None:
+        """See CheckpointStore.owner."""
+        with self._translated("check who owns the run"):
+            lineage = self._lineage(self._names())
+        counting = [fence for epoch, fence in lineage.fences.items() if not lineage.is_void(epoch)]
+        return max(counting, key=lambda fence: fence.epoch, default=None)
+
+    def sizes(self) -> dict[str, int]:
+        """See CheckpointStore.sizes."""
+        with self._translated("list"):
+            return self.medium.sizes()
+
+    def copy_to(self, directory: Path, manifest: Manifest, *, reading: Reading | None = None) -> Path:
+        """See CheckpointStore.copy_to."""
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            for entry in manifest.files:
+                with open_atomic(directory / entry.name) as copy:
+                    problem = self.medium.fetch(entry, copy, reading=reading)
+                    if problem is not None:
+                        raise CheckpointCorrupt(
+                            f"the checkpoint of step {manifest.step} is damaged: {problem}",
+                            hint="nothing was copied in its place; `orch ckpt verify` says which ones match",
+                        )
+            write_atomic(directory / manifest.name.manifest, self.medium.read(manifest.name.manifest))
+        except OSError as error:
+            raise CheckpointError(
+                f"could not copy {manifest.location} to {directory}: {describe(error)}",
+                hint="check the room and the permissions there, and that the checkpoint still exists (`orch ckpt ls`)",
+            ) from error
+        return directory / manifest.files[0].name
 
     def _find(self) -> Found | None:
         names = self._names()
@@ -267,7 +331,12 @@ class Store:
                 if not problem.certain:
                     self._unreadable.add(manifest.name)
                 return problem.words
-        return self._incomplete(manifest) if manifest.sharded and only is None else None
+        if only is not None:
+            return None
+        problem_of_all = self._incomplete(manifest) if manifest.sharded else None
+        if problem_of_all is None:
+            self._read_back.add(manifest.name)
+        return problem_of_all
 
     def _incomplete(self, manifest: Manifest) -> str | None:
         """What a sharded checkpoint lacks although all the files that it lists are as they should be."""
@@ -383,6 +452,8 @@ class Store:
         world_size: int,
         code_hash: str | None = None,
         image: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        data: str | None = None,
         trace: Trace | None = None,
     ) -> Manifest:
         """See CheckpointStore.commit."""
@@ -393,7 +464,16 @@ class Store:
             self._require_ownership(fence)  # the newer attempt sweeps our files: then that is the news, not ENOENT
             raise
         return self.publish(
-            fence, name, [entry], epoch=epoch, world_size=world_size, code_hash=code_hash, image=image, trace=trace
+            fence,
+            name,
+            [entry],
+            epoch=epoch,
+            world_size=world_size,
+            code_hash=code_hash,
+            image=image,
+            metrics=metrics,
+            data=data,
+            trace=trace,
         )
 
     def begin(self, fence: Fence, *, step: int, trace: Trace | None = None) -> CheckpointName:
@@ -437,6 +517,8 @@ class Store:
         world_size: int,
         code_hash: str | None = None,
         image: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        data: str | None = None,
         trace: Trace | None = None,
     ) -> Manifest:
         """See CheckpointStore.publish."""
@@ -456,6 +538,8 @@ class Store:
             directory=self.uri,
             sequence=next(self._sequence),
             base_step=fence.base_step,
+            metrics=finite(metrics or {}),
+            data=data,
         )
         try:
             self.medium.write_manifest(name.manifest, manifest.render(), note=note)
@@ -563,9 +647,18 @@ class Store:
 
     # --- garbage
 
-    def collect_garbage(self, fence: Fence, *, keep_last: int, trace: Trace | None = None) -> list[str]:
+    def collect_garbage(
+        self,
+        fence: Fence,
+        *,
+        keep_last: int,
+        keep_every: int | None = None,
+        keep_best: Best | None = None,
+        trace: Trace | None = None,
+    ) -> list[str]:
         """See CheckpointStore.collect_garbage."""
         note = trace or _untraced
+        retention = Retention(keep_last, keep_every, keep_best)
         self._require_ownership(fence)
         with self._translated("remove old checkpoints"):
             names = self._names()
@@ -575,29 +668,49 @@ class Store:
                 _log.warning("not removing old checkpoints: %s", "; ".join(lineage.damaged.values()))
                 return []
             live = self._load_live(names, lineage)
-            victims = [m.name for m in live[max(keep_last, MINIMUM_KEPT) :]]
-            victims += [
-                name
-                for name in _manifest_names(names)
-                if name.fence_epoch < fence.epoch and not lineage.is_live(name.fence_epoch, name.step)
-            ]
-            if not live:
-                victims = []
+            victims = _victims(names, lineage, live, kept(live, retention), fence.epoch)
             if victims:
                 note("gc-verify")
                 self._require_readable(live[0], fence)
+                if retention.keep_best is not None:
+                    victims = _victims(names, lineage, live, self._sound(live, retention, fence), fence.epoch)
                 self._correct_pointer(live[0], fence, note)
             removed = self._remove(victims, names, note)
             note("gc-sweep")
             return removed + self._sweep(names, fence)
 
+    def garbage(self, *, keep_last: int, keep_every: int | None = None, keep_best: Best | None = None) -> list[str]:
+        """See CheckpointStore.garbage."""
+        with self._translated("list"):
+            names = self._names()
+            lineage = self._lineage(names)
+            if lineage.unknown:
+                return []
+            live = self._load_live(names, lineage)
+            epoch = lineage.highest + 1
+            keep = kept(live, Retention(keep_last, keep_every, keep_best))
+            victims = _victims(names, lineage, live, keep, epoch)
+            doomed = [name.manifest for name in victims] + _data_of(victims, names)
+            left = set(names) - set(doomed)
+            return doomed + [name for name in names if name in left and self._is_leftover(name, epoch, left)]
+
+    def _sound(self, live: Sequence[Manifest], retention: Retention, fence: Fence) -> set[CheckpointName]:
+        """What stays, after the best were read back: a damaged one must not push out a valid one."""
+        assert retention.keep_best is not None
+        rivals = list(live)
+        useless: set[CheckpointName] = set()  # not removed either: its content may be fine, or is for a person to see
+        while doubtful := [m for m in best(rivals, retention.keep_best) if m.name not in self._read_back]:
+            problem = self._read_again(doubtful[0], fence)
+            if problem is None:
+                continue
+            rivals.remove(doubtful[0])
+            useless.add(doubtful[0].name)
+            if doubtful[0].name not in self._unreadable:
+                _log.warning("%s", self._quarantine(doubtful[0].name, problem).reason)
+        return kept(rivals, retention) | useless
+
     def _require_readable(self, newest: Manifest, fence: Fence) -> None:
-        try:
-            problem = self._verify(newest)
-        except Vanished as error:
-            self._require_ownership(fence)
-            raise CheckpointError(f"{newest.name.manifest} was removed by somebody else") from error
-        self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
+        problem = self._read_again(newest, fence)
         if problem is None:
             return
         if newest.name not in self._unreadable:
@@ -607,6 +720,15 @@ class Store:
             hint="the older checkpoints were kept; check the file system and the memory of this node",
         )
 
+    def _read_again(self, manifest: Manifest, fence: Fence) -> str | None:
+        try:
+            problem = self._verify(manifest)
+        except Vanished as error:
+            self._require_ownership(fence)
+            raise CheckpointError(f"{manifest.name.manifest} was removed by somebody else") from error
+        self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
+        return problem
+
     def _remove(self, victims: Sequence[CheckpointName], names: Iterable[str], note: Trace) -> list[str]:
         """Manifests first, durably: a manifest without its data would look like corruption."""
         note("gc-unlink-manifest")
@@ -615,19 +737,19 @@ class Store:
             note("gc-dirsync")
             self.medium.sync()
         note("gc-unlink-data")
-        gone = set(victims)
-        return removed + self.medium.remove(n for n in names if (c := _part_of(n)) is not None and c in gone)
+        return removed + self.medium.remove(_data_of(victims, names))
 
     def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
         """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
         there = set(self.medium.names())  # some of `names` have just been removed
-        return self.medium.remove(name for name in names if name in there and self._is_leftover(name, fence, there))
+        left = (name for name in names if name in there and self._is_leftover(name, fence.epoch, there))
+        return self.medium.remove(left)
 
-    def _is_leftover(self, file_name: str, fence: Fence, committed: set[str]) -> bool:
-        if self.medium.is_stale(file_name, fence.epoch):
+    def _is_leftover(self, file_name: str, epoch: int, committed: set[str]) -> bool:
+        if self.medium.is_stale(file_name, epoch):
             return True
         name = _part_of(file_name)
-        if name is None or name.fence_epoch >= fence.epoch:
+        if name is None or name.fence_epoch >= epoch:
             return False
         return name.manifest not in committed
 
@@ -667,6 +789,30 @@ def _part_of(file_name: str) -> CheckpointName | None:
     """The checkpoint that a file holds data of; None for a manifest and for anything else."""
     name = CheckpointName.of(file_name)
     return None if name is None or file_name == name.manifest else name
+
+
+def _victims(
+    names: Iterable[str], lineage: Lineage, live: Sequence[Manifest], keep: set[CheckpointName], epoch: int
+) -> list[CheckpointName]:
+    """What the attempt of this fence epoch may remove: live ones that nobody wants, and dead ones of older epochs."""
+    if not live:
+        return []
+    unwanted = [manifest.name for manifest in live if manifest.name not in keep]
+    return unwanted + [
+        name
+        for name in _manifest_names(names)
+        if name.fence_epoch < epoch and not lineage.is_live(name.fence_epoch, name.step)
+    ]
+
+
+def _data_of(victims: Sequence[CheckpointName], names: Iterable[str]) -> list[str]:
+    gone = set(victims)
+    return [n for n in names if (name := _part_of(n)) is not None and name in gone]
+
+
+def _rank(name: CheckpointName) -> tuple[int, int, int, str]:
+    """Where a checkpoint whose manifest cannot be read stands in a listing."""
+    return (name.step, name.fence_epoch, -1, name.nonce)
 
 
 def _quarantined(names: Iterable[str]) -> list[CheckpointName]:

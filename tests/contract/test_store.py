@@ -13,6 +13,7 @@ from typing import BinaryIO, Protocol
 import pytest
 
 from orchestrator.checkpoint import (
+    Best,
     CheckpointName,
     CheckpointStore,
     Fence,
@@ -869,3 +870,127 @@ def test_a_store_that_does_not_exist_says_so(servers: Callable[[str], Server], t
         store.weaknesses()
     with pytest.raises(CheckpointError, match="no-such-bucket"):
         store.open_epoch(attempt=0, base=None)
+
+
+# --- retention
+
+
+def scored(store: CheckpointStore, fence: Fence, step: int, loss: float) -> Manifest:
+    return store.commit(
+        fence, lambda f: f.write(content(step)), step=step, epoch=0, world_size=1, metrics={"loss": loss}, data="d1"
+    )
+
+
+def test_metrics_and_the_fingerprint_of_the_data_are_kept(store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    store.commit(
+        fence,
+        lambda f: f.write(b"x"),
+        step=1,
+        epoch=0,
+        world_size=1,
+        metrics={"loss": 0.5, "bad": float("nan"), "far": float("-inf")},
+        data="d1",
+    )
+    manifest = found(open_again()).manifest
+    assert (manifest.metrics, manifest.data) == ({"loss": 0.5}, "d1")
+
+
+def test_the_best_and_one_of_every_so_many_steps_stay(place: Place, store: CheckpointStore) -> None:
+    _, fence = take_over(store, attempt=0)
+    for step, loss in [(3, 9.0), (7, 1.0), (11, 8.0), (14, 2.0), (19, 7.0), (23, 6.0), (26, 5.0)]:
+        scored(store, fence, step, loss)
+        doomed = store.garbage(keep_last=2, keep_every=10, keep_best=Best("loss", "min", 2))
+        removed = store.collect_garbage(fence, keep_last=2, keep_every=10, keep_best=Best("loss", "min", 2))
+        assert sorted(removed) == sorted(doomed)
+    assert steps(store) == [26, 23, 14, 11, 7]  # newest 26 and 23, one per ten steps 11 and 23, best 7 and 14
+    for manifest in store.manifests():
+        assert store.verify(manifest) is None
+
+
+def test_a_damaged_best_pushes_out_no_valid_one(place: Place, store: CheckpointStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    for step, loss in [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.5)]:
+        scored(store, fence, step, loss)
+    damage(place, store.manifests()[-1])
+    again = open_again()
+    _, fence = take_over(again, attempt=1)
+    again.collect_garbage(fence, keep_last=2, keep_best=Best("loss", "min", 1))
+    assert steps(again) == [5, 4, 2]
+    assert [name for name in place.names() if "000000001" in name and not name.endswith(".corrupt")] == []
+
+
+def test_what_would_be_removed_is_named_and_left(place: Place, store: CheckpointStore, open_again: Open) -> None:
+    _, old = take_over(store, attempt=0)
+    for step in range(1, 6):
+        save(store, old, step)
+    place.write("step-000000009.e0001.0a0b0c0d.ckpt", b"never committed")
+    before = sorted(place.names())
+    doomed = store.garbage(keep_last=2)
+    assert sorted(place.names()) == before
+    _, fence = take_over(open_again(), attempt=0)
+    assert sorted(store.collect_garbage(fence, keep_last=2)) == sorted(doomed)
+    assert "step-000000009.e0001.0a0b0c0d.ckpt" in doomed
+    assert steps(store) == [5, 4]
+
+
+# --- listing, copying
+
+
+def test_the_inventory_says_of_each_whether_it_can_be_used(
+    place: Place, store: CheckpointStore, open_again: Open
+) -> None:
+    assert store.inventory() == []
+    _, old = take_over(store, attempt=0)
+    good, short, gone, torn = (save(store, old, step) for step in (10, 20, 30, 40))
+    place.write(short.name.data, b"short")
+    place.remove(gone.name.data)
+    place.write(torn.name.manifest, b"{")
+    save(store, old, 50)
+    store.open_epoch(attempt=1, base=short, discard_newer=True)
+    before = sorted(place.names())
+    listed = open_again().inventory()
+    assert [entry.name.step for entry in listed] == [50, 40, 30, 20, 10]
+    problems = [entry.problem or "" for entry in listed]
+    assert "replaced" in problems[0]
+    assert "not a manifest" in problems[1]
+    assert "5 bytes" in problems[3]
+    assert listed[4].problem is None
+    assert listed[4].manifest == good
+    assert listed[4].location == f"{store.uri}/{good.name.data}"
+    assert sorted(place.names()) == before
+
+
+def test_the_owner_is_the_newest_attempt_that_counts(store: CheckpointStore, open_again: Open) -> None:
+    assert store.owner() is None
+    _, old = take_over(store, attempt=3)
+    save(store, old, 10)
+    assert store.owner() == old
+    _, fence = take_over(open_again(), attempt=4)
+    assert store.owner() == fence
+
+
+def test_a_copy_is_whole_and_compared(place: Place, store: CheckpointStore, tmp_path: Path) -> None:
+    manifest = save(store, store.open_epoch(attempt=0, base=None), 10)
+    read = list[int]()
+    path = store.copy_to(tmp_path / "copy" / "here", manifest, reading=read.append)
+    assert path.read_bytes() == content(10)
+    assert sum(read) == manifest.size_bytes
+    assert sorted(entry.name for entry in path.parent.iterdir()) == [manifest.name.data, manifest.name.manifest]
+    assert found(open_store(str(path.parent))).manifest.files == manifest.files  # as a checkpoint in its own right
+    damage(place, manifest)
+    with pytest.raises(CheckpointCorrupt, match="does not match its hash"):
+        store.copy_to(tmp_path / "other", manifest)
+    assert list((tmp_path / "other").iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="could not copy"):
+        store.copy_to(tmp_path / "file", manifest)
+    assert place.names().count(manifest.name.data) == 1
+
+
+def test_sizes_are_those_of_the_files(place: Place, store: CheckpointStore) -> None:
+    assert store.sizes() == {}
+    manifest = save(store, store.open_epoch(attempt=0, base=None), 10)
+    sizes = store.sizes()
+    assert sizes[manifest.name.data] == manifest.size_bytes
+    assert sizes[manifest.name.manifest] == len(place.read(manifest.name.manifest))
