@@ -91,6 +91,9 @@ def section(name: str, model: dict[str, Any], schema: dict[str, Any]) -> str:
     if name == "container":
         mount = schema["$defs"]["Mount"]
         text += f"\n### `container.mounts`\n\n{mount['description']}\n\n{table(mount)}"
+    if name == "checkpoint":
+        best = schema["$defs"]["KeepBest"]
+        text += f"\n### `checkpoint.keep_best`\n\n{best['description']}\n\n{table(best)}"
     if name == "slurm":
         owned = "\n".join(f"| `{option}` | {where} |" for option, where in sorted(OWNED.items()))
         text += f"\n### What `extra_sbatch` refuses\n\n| option | instead |\n|---|---|\n{owned}\n"

@@ -52,11 +52,13 @@ class Found:
 @dataclass(frozen=True)
 class Listed:
     """A checkpoint as a listing shows it. `problem`: why nobody resumes from it, as far as names, manifest and sizes
-    tell; None when they tell nothing against it. `manifest` is None where it cannot be read."""
+    tell; None when they tell nothing against it. `manifest` is None where it cannot be read; `live` is the lineage's
+    word alone."""
 
     name: CheckpointName
     location: str
     manifest: Manifest | None
+    live: bool
     problem: str | None
 
 

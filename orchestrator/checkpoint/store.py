@@ -140,20 +140,19 @@ class Store:
         return sorted(found, key=lambda listed: listed.manifest.rank if listed.manifest else _rank(listed.name))[::-1]
 
     def _listed(self, name: CheckpointName, lineage: Lineage, sizes: Mapping[str, int]) -> Listed:
+        live = lineage.is_live(name.fence_epoch, name.step)
+        problem = None if live else lineage.explain(name.fence_epoch, name.step)
         try:
             manifest = self._load(name)
         except CheckpointCorrupt as error:
-            return Listed(name, self._locate(name.data), None, error.message)
-        problem = None
-        if not lineage.is_live(name.fence_epoch, name.step):
-            problem = lineage.explain(name.fence_epoch, name.step)
+            return Listed(name, self._locate(name.data), None, live, problem or error.message)
         for entry in manifest.files:
             if problem is None and sizes.get(entry.name) != entry.size:
                 if name.manifest not in sizes:
                     raise Vanished(name.manifest)  # by its owner's garbage collection, since the names were read
                 there = f"has {sizes[entry.name]} bytes" if entry.name in sizes else "is missing"
                 problem = f"{entry.name} {there}, its manifest says {entry.size} bytes"
-        return Listed(name, manifest.location, manifest, problem)
+        return Listed(name, manifest.location, manifest, live, problem)
 
     def owner(self) -> Fence | None:
         """See CheckpointStore.owner."""

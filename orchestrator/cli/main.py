@@ -21,6 +21,12 @@ app = typer.Typer(
 )
 image_app = typer.Typer(help="Pin container images.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(image_app, name="image")
+ckpt_app = typer.Typer(
+    help="Look at a run's checkpoints, read them again, copy one, go back to one.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+app.add_typer(ckpt_app, name="ckpt")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Root = Annotated[
@@ -260,6 +266,66 @@ def lock(
     from orchestrator.cli import commands
 
     commands.lock_image(reference, as_json)
+
+
+Step = Annotated[int | None, typer.Option("--step", min=0, help="Optimizer step of the checkpoint.")]
+
+
+@ckpt_app.command("ls")
+def ckpt_ls(run: Run, root: Root = None, as_json: Json = False) -> None:
+    """List the checkpoints, newest first. valid: it can be resumed from, as far as manifest and sizes tell."""
+    from orchestrator.cli import checkpoints
+
+    checkpoints.ls(run, root, as_json)
+
+
+@ckpt_app.command("verify")
+def ckpt_verify(run: Run, step: Step = None, root: Root = None, as_json: Json = False) -> None:
+    """Read the bytes again and compare them with their hashes; exit 5 if one is damaged. Changes nothing."""
+    from orchestrator.cli import checkpoints
+
+    checkpoints.verify(run, step, root, as_json)
+
+
+@ckpt_app.command("pull")
+def ckpt_pull(
+    run: Run,
+    directory: Annotated[Path, typer.Argument(metavar="DEST", help="Directory to copy into; made if missing.")],
+    step: Step = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Copy a checkpoint and its manifest (the newest, or that of --step), compared on its way."""
+    from orchestrator.cli import checkpoints
+
+    checkpoints.pull(run, directory, step, root, as_json)
+
+
+@ckpt_app.command("gc")
+def ckpt_gc(
+    run: Run,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Remove what the spec does not keep, and what killed attempts left; not while the run is queued or running."""
+    from orchestrator.cli import checkpoints
+
+    checkpoints.gc(run, dry_run, root, as_json)
+
+
+@ckpt_app.command("rollback")
+def ckpt_rollback(
+    run: Run,
+    step: Annotated[int, typer.Option("--step", min=0, help="Optimizer step to go back to.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Let the next attempt go on from an older checkpoint; newer work is given up."""
+    from orchestrator.cli import checkpoints
+
+    checkpoints.rollback(run, step, yes, root, as_json)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -6,7 +6,7 @@ import ctypes
 import io
 import pickle
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -22,7 +22,15 @@ class StateSaver:
         self._session = session
         self._snapshots = SnapshotBuffers()
 
-    def save(self, state: Any, *, step: int, epoch: int, leaving: bool = False) -> None:
+    def save(
+        self,
+        state: Any,
+        *,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float] | None = None,
+        leaving: bool = False,
+    ) -> None:
         """Make `state` the checkpoint of `step`; `leaving`: the process is about to end, so nothing is left behind."""
 
         def freeze() -> Callable[[BinaryIO], None]:
@@ -30,11 +38,11 @@ class StateSaver:
             return lambda file: torch.save(copy(), file)
 
         if leaving:
-            self._session.commit_before_leaving(partial(torch.save, state), step=step, epoch=epoch)
+            self._session.commit_before_leaving(partial(torch.save, state), step=step, epoch=epoch, metrics=metrics)
         elif self._session.settings.asynchronous:
-            self._session.commit_async(freeze, step=step, epoch=epoch)
+            self._session.commit_async(freeze, step=step, epoch=epoch, metrics=metrics)
         else:
-            self._session.commit(partial(torch.save, state), step=step, epoch=epoch)
+            self._session.commit(partial(torch.save, state), step=step, epoch=epoch, metrics=metrics)
 
 
 class SnapshotBuffers:

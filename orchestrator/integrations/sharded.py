@@ -83,7 +83,9 @@ class ShardedLoop(ResumableLoop):
 
     def _save(self, *, leaving: bool) -> None:
         own = {name: part.state_dict() for name, part in self._own.items()}
-        save(self.session, self._state(), own=own, step=self.step, epoch=self.epoch, group=self._group)
+        state = self._state()
+        step, epoch, metrics = self.step, self.epoch, self._metrics
+        save(self.session, state, own=own, step=step, epoch=epoch, metrics=metrics, group=self._group)
         self._schedule.saved(self.step)
 
 
@@ -135,7 +137,16 @@ def new_group() -> Any:
 # --- saving
 
 
-def save(session: Session, state: Mapping[str, Any], *, own: Any = None, step: int, epoch: int, group: Any) -> None:
+def save(
+    session: Session,
+    state: Mapping[str, Any],
+    *,
+    own: Any = None,
+    step: int,
+    epoch: int,
+    metrics: Mapping[str, float] | None = None,
+    group: Any,
+) -> None:
     """Make a checkpoint of all ranks' pieces of `state`. Collective: it succeeds on all ranks, or all raise the same.
 
     Tensors that are not DTensors, and objects, are taken from rank 0. Where such a tensor differs between the ranks
@@ -143,7 +154,7 @@ def save(session: Session, state: Mapping[str, Any], *, own: Any = None, step: i
     """
     started = time.monotonic()
     tensors: dict[str, torch.Tensor] = {}
-    writer = _Writer(session, _take_out(state, tensors), tensors, own, step=step, epoch=epoch)
+    writer = _Writer(session, _take_out(state, tensors), tensors, own, step=step, epoch=epoch, metrics=metrics)
     planner = DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=True)
     failed: CheckpointException | None = None
     try:
@@ -173,10 +184,11 @@ class _Writer(StorageWriter):
         *,
         step: int,
         epoch: int,
+        metrics: Mapping[str, float] | None,
     ) -> None:
         self.manifest: Manifest | None = None
         self._session, self._skeleton, self._tensors, self._own = session, skeleton, tensors, own
-        self._step, self._epoch = step, epoch
+        self._step, self._epoch, self._metrics = step, epoch, metrics
         self._begun: Saving | None = None
 
     def reset(self, checkpoint_id: Any = None) -> None:
@@ -242,7 +254,7 @@ class _Writer(StorageWriter):
             *shards,
         ]
         self._begun = None  # from now on it may have become another attempt's base: not ours to take back
-        self.manifest = self._session.publish(saving, files, epoch=self._epoch)
+        self.manifest = self._session.publish(saving, files, epoch=self._epoch, metrics=self._metrics)
 
     def take_back(self) -> None:
         """Rank 0: remove the shards of a save that was not published."""

@@ -216,6 +216,7 @@ class ResumableLoop:
         self.session = session
         self.step, self.epoch, self.batch = 0, 0, 0
         self._parts = parts
+        self._metrics: dict[str, float] = {}
         self._max_steps = max_steps
         self._schedule = SaveSchedule(session.settings)
         self._saver = StateSaver(session)
@@ -236,8 +237,12 @@ class ResumableLoop:
         self.step, self.epoch, self.batch = state["step"], state["epoch"], state["batch"]
         self._schedule.saved(self.step)
 
-    def step_done(self) -> None:
-        """One optimizer step is complete. Saves when due; after a signal to any rank, saves and leaves."""
+    def step_done(self, metrics: Mapping[str, float] | None = None) -> None:
+        """One optimizer step is complete. Saves when due; after a signal to any rank, saves and leaves.
+
+        `metrics`: rank 0's new numbers; each stays until there is a newer one (`checkpoint.keep_best`).
+        """
+        self._metrics.update(metrics or {})
         self.step += 1
         self.batch += 1
         by_time = self.session.is_chief and self._schedule.due_by_time()
@@ -252,8 +257,9 @@ class ResumableLoop:
             self.session.stopped(step=self.step, epoch=self.epoch, barrier=self._agreement.barrier)
         self._step_began = time.monotonic()
 
-    def epoch_done(self) -> None:
-        """All batches of the epoch are done: the next step belongs to a new one."""
+    def epoch_done(self, metrics: Mapping[str, float] | None = None) -> None:
+        """All batches of the epoch are done: the next step belongs to a new one. `metrics` as in `step_done`."""
+        self._metrics.update(metrics or {})
         self.epoch += 1
         self.batch = 0
         if self._schedule.due_after_epoch(self.epoch):
@@ -266,7 +272,7 @@ class ResumableLoop:
     def _save(self, *, leaving: bool) -> None:
         state = self._state()
         if self.session.is_chief:
-            self._saver.save(state, step=self.step, epoch=self.epoch, leaving=leaving)
+            self._saver.save(state, step=self.step, epoch=self.epoch, metrics=self._metrics, leaving=leaving)
         self._schedule.saved(self.step)
         self._agreement.barrier()
 

@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.operations.attach import open_shell, shell, top
+    from orchestrator.operations.checkpoints import (
+        collect_checkpoints,
+        list_checkpoints,
+        pull_checkpoint,
+        rollback,
+        verify_checkpoints,
+    )
     from orchestrator.operations.checkup.examine import doctor
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
@@ -23,6 +30,13 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attach": ("open_shell", "shell", "top"),
+    "checkpoints": (
+        "collect_checkpoints",
+        "list_checkpoints",
+        "pull_checkpoint",
+        "rollback",
+        "verify_checkpoints",
+    ),
     "checkup.examine": ("doctor",),
     "control": ("cancel", "preempt", "resume", "resume_all"),
     "images": ("lock_image",),
@@ -37,20 +51,25 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "cancel",
+    "collect_checkpoints",
     "doctor",
+    "list_checkpoints",
     "lock_image",
     "logs",
     "open_shell",
     "plan_of",
     "preempt",
     "ps",
+    "pull_checkpoint",
     "resume",
     "resume_all",
+    "rollback",
     "shell",
     "status",
     "submit",
     "top",
     "validate",
+    "verify_checkpoints",
     "verify_drill",
     "wait",
 ]

@@ -92,7 +92,7 @@ def _must_be_here(record: Record, verb: str) -> None:
 
 
 def _cancelled(record: Record, action: str) -> Cancelled:
-    event = record.newest("checkpoint_committed")
+    event = record.last_checkpoint
     step = event.get("step") if event else None
     job_id = record.submission.job_id if record.submission else None
     return Cancelled(record.run_id, record.paths.run_dir, job_id, action, step if isinstance(step, int) else None)

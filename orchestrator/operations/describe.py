@@ -121,7 +121,7 @@ def _progress(record: Record) -> Progress:
 
 
 def _last_checkpoint(record: Record) -> CheckpointRef | None:
-    event = record.newest("checkpoint_committed")
+    event = record.last_checkpoint
     if event is None or _integer(event.get("step")) is None:
         return None
     path, size_bytes = event.get("path"), _integer(event.get("size_bytes"))

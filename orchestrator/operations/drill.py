@@ -12,7 +12,7 @@ from orchestrator.backends import open_backend
 from orchestrator.errors import CheckpointError, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.operations.describe import OpenBackend, status_at
-from orchestrator.operations.record import Record, agent_plan, load_record
+from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Certificate, RunStatus, Signalled, Told
 from orchestrator.paths import RunPaths
 from orchestrator.states import ExitCode, JobState
@@ -227,13 +227,13 @@ class Checked:
 
 def _read_again(paths: RunPaths, evidence: Evidence, reading: Reading, clock: Callable[[], float]) -> Checked:
     """Size and SHA-256 of the checkpoint the next attempt went on from, read here, through the store's own check."""
-    from orchestrator.checkpoint import open_store
+    from orchestrator.operations.checkpoints import open_run_store
 
     assert evidence.resumed is not None
     name = Path(str(evidence.resumed.get("checkpoint"))).name
     begun = clock()
     try:
-        store = open_store(str(agent_plan(paths)["checkpoint"]["uri"]))
+        store = open_run_store(paths)
         manifest = next((known for known in store.manifests() if known.path.name == name), None)
         if manifest is None:
             return Checked(f"the checkpoint {name} cannot be found from here: is its directory on a shared disk?")

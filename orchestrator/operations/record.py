@@ -95,9 +95,14 @@ class Record:
         """True while rank 0 has given a sign of life lately."""
         return self.heartbeat_age_s is not None and self.heartbeat_age_s < HEARTBEAT_FRESH_S
 
-    def newest(self, kind: str) -> dict[str, Any] | None:
-        """The newest event of a kind."""
-        return next((event for event in reversed(self.events) if event.get("event") == kind), None)
+    def newest(self, *kinds: str) -> dict[str, Any] | None:
+        """The newest event of one of these kinds."""
+        return next((event for event in reversed(self.events) if event.get("event") in kinds), None)
+
+    @property
+    def last_checkpoint(self) -> dict[str, Any] | None:
+        """The event that names the checkpoint to go on from: the last commit, unless a rollback came after it."""
+        return self.newest("checkpoint_committed", "rolled_back")
 
 
 def is_ours(paths: RunPaths) -> bool:

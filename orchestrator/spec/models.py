@@ -435,6 +435,14 @@ class Torchrun(_Section):
     rdzv_backend: Literal["c10d"] = Field("c10d", description="torchrun's rendezvous backend.")
 
 
+class KeepBest(_Section):
+    """The best checkpoints by a metric that was logged when they were saved; they stay beside the newest ones."""
+
+    metric: SomeText = Field(description="Its name, as it is logged, such as `val_loss`.")
+    mode: Literal["min", "max"] = Field(description="Whether small or large values are good.")
+    k: Positive = Field(1, description="How many; of equal values the earlier one.")
+
+
 class Checkpoint(_Section):
     """Where and how often the job saves. It also saves whenever it is told to stop."""
 
@@ -486,6 +494,10 @@ class Checkpoint(_Section):
             "memory again as the state."
         ),
     )
+    keep_every: Steps | None = Field(
+        None, description="Keep also the first checkpoint at or after each multiple of so many steps."
+    )
+    keep_best: KeepBest | None = Field(None, description="Keep also the best ones by a logged metric.")
 
     @model_validator(mode="before")
     @classmethod
@@ -583,7 +595,7 @@ def _path_of_file_url(url: str) -> str:
     return unquote(parts.path)
 
 
-RESERVED_CHECKPOINT_KEYS = ("keep_every", "keep_best")
+RESERVED_CHECKPOINT_KEYS = ()
 
 
 class Preemption(_Section):

@@ -17,11 +17,12 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from orchestrator.checkpoint import (
+    Best,
     CheckpointName,
     CheckpointStore,
     Fence,
@@ -29,6 +30,7 @@ from orchestrator.checkpoint import (
     Found,
     Manifest,
     Refuge,
+    Retention,
     open_store,
     take_over,
 )
@@ -59,12 +61,15 @@ class CheckpointSettings:
     every_epochs: int | None = 1
     keep_last: int = 3
     asynchronous: bool = False  # `checkpoint.async`: Python keeps that word for itself
+    keep_every: int | None = None
+    keep_best: Best | None = None
 
     @classmethod
     def from_plan(cls, plan: Mapping[str, Any]) -> CheckpointSettings:
         """The `checkpoint` part of plan/agent.json; keys of later versions are ignored."""
         known = {key: plan[key] for key in cls.__dataclass_fields__ if key in plan}
-        return cls(**known, asynchronous=bool(plan.get("async", cls.asynchronous)))
+        settings = cls(**known, asynchronous=bool(plan.get("async", cls.asynchronous)))
+        return replace(settings, keep_best=Retention.from_plan(plan).keep_best)
 
 
 @dataclass(frozen=True)
@@ -165,6 +170,7 @@ class Session:
         signals: tuple[signal.Signals, ...] = (signal.SIGUSR1, signal.SIGTERM),
         code_hash: str | None = None,
         image: str | None = None,
+        allowed_drift: Sequence[str] = (),
         exit_process: Callable[[int], NoReturn] = os._exit,
     ) -> None:
         self.run_id, self.run_dir, self.attempt = identity.run_id, identity.run_dir, identity.attempt
@@ -180,6 +186,8 @@ class Session:
         self._stop = stop
         self._code_hash = code_hash
         self._image = image
+        self.allowed_drift = frozenset(allowed_drift)
+        self._data: str | None = None
         self._exit_process = exit_process
         self._fence: Fence | None = None
         self._verdict_lock = threading.RLock()
@@ -240,6 +248,7 @@ class Session:
             signals=tuple(dict.fromkeys((wanted, signal.SIGTERM))),
             code_hash=plan.get("code_hash"),
             image=(plan.get("container") or {}).get("image"),
+            allowed_drift=plan.get("allow_drift", ()),
             exit_process=exit_process,
         )
 
@@ -308,6 +317,23 @@ class Session:
 
     # --- checkpoints
 
+    def declare_data(self, fingerprint: str) -> None:
+        """Say which data this program trains on, before `resume`: checkpoints carry it, and to go on from one that was
+        made with other data is refused (`orch resume --allow-drift data`). Compared as text."""
+        self._data = fingerprint
+
+    def _refuse_other_data(self, manifest: Manifest) -> None:
+        if self._data is None or manifest.data in (None, self._data):
+            return
+        if "data" in self.allowed_drift:
+            self.event("drift", step=manifest.step, changes=[{"key": "data", "old": manifest.data, "new": self._data}])
+            return
+        insist = f"orch resume {self.run_id} --allow-drift data" if self.managed else "start in another run directory"
+        raise CheckpointError(
+            f"the checkpoint of step {manifest.step} was made with other data: {manifest.data} then, {self._data} now",
+            hint=f"restore the data, or if other data is meant:  {insist}",
+        )
+
     def resume(self) -> Found | None:
         """Rank 0: the newest good checkpoint (None: start from the beginning), and this attempt's fence epoch.
 
@@ -324,6 +350,7 @@ class Session:
         for skip in skipped:
             self.event("checkpoint_rejected", **skip)
         if found is not None:
+            self._refuse_other_data(found.manifest)
             self.resumed_step = found.manifest.step
             self.last_manifest = found.manifest
             self._position = (found.manifest.step, found.manifest.epoch)
@@ -364,16 +391,33 @@ class Session:
         self._position = (step, epoch)
         self.event("resumed", step=step, epoch=epoch, from_attempt=None, checkpoint=path, start_from=path, skipped=[])
 
-    def commit(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> Manifest:
-        """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands."""
+    def commit(
+        self,
+        write: Callable[[BinaryIO], object],
+        *,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float] | None = None,
+    ) -> Manifest:
+        """Rank 0: make what `write` streams a checkpoint. On Fenced and CheckpointError the previous one stands.
+
+        `metrics`: the numbers known by now; `checkpoint.keep_best` chooses by one of them.
+        """
         fence = self._require_fence()
         self.finish_save()
-        manifest = self._commit(fence, write, step, epoch, emergency=self.stop_requested)
+        manifest = self._commit(fence, write, step, epoch, metrics, emergency=self.stop_requested)
         self._position = (step, epoch)
         self._tidy_up(fence)
         return manifest
 
-    def commit_async(self, freeze: Callable[[], Callable[[BinaryIO], object]], *, step: int, epoch: int) -> None:
+    def commit_async(
+        self,
+        freeze: Callable[[], Callable[[BinaryIO], object]],
+        *,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Rank 0: make a checkpoint beside the training; returns once `freeze` has, whose result writes the state.
 
         One save at a time: waits for the one in flight before `freeze` is called, so that it can use the same memory
@@ -383,10 +427,17 @@ class Session:
         self.finish_save()
         write = freeze()
         self._in_flight = BackgroundSave(
-            lambda: self._commit(fence, write, step, epoch, emergency=False), lambda: self._tidy_up(fence)
+            lambda: self._commit(fence, write, step, epoch, metrics, emergency=False), lambda: self._tidy_up(fence)
         )
 
-    def commit_before_leaving(self, write: Callable[[BinaryIO], object], *, step: int, epoch: int) -> None:
+    def commit_before_leaving(
+        self,
+        write: Callable[[BinaryIO], object],
+        *,
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Rank 0: the save that a stop asks for. One in flight comes first, and may leave too little time for this one:
         then its checkpoint is the last. An upload is not waited for: this save goes to the run directory at once."""
         self._leaving = True
@@ -400,7 +451,7 @@ class Session:
         if flying and left is not None and self._commit_s is not None and left < SAVE_SAFETY * self._commit_s:
             log.warning("%.0f s are left, too few to save step %d: %s", left, step, self._standing_checkpoint())
             return
-        self._commit(self._require_fence(), write, step, epoch, emergency=True)
+        self._commit(self._require_fence(), write, step, epoch, metrics, emergency=True)
         self._position = (step, epoch)
 
     def finish_save(self) -> None:
@@ -422,7 +473,14 @@ class Session:
             raise error
 
     def _commit(
-        self, fence: Fence, write: Callable[[BinaryIO], object], step: int, epoch: int, *, emergency: bool
+        self,
+        fence: Fence,
+        write: Callable[[BinaryIO], object],
+        step: int,
+        epoch: int,
+        metrics: Mapping[str, float] | None,
+        *,
+        emergency: bool,
     ) -> Manifest:
         """In the thread of the save, where there is one."""
         started = time.monotonic()
@@ -434,6 +492,8 @@ class Session:
             world_size=self.world_size,
             code_hash=self._code_hash,
             image=self._image,
+            metrics=metrics,
+            data=self._data,
         )
         self._tell(manifest, time.monotonic() - started)
         return manifest
@@ -447,7 +507,9 @@ class Session:
         """Any rank: one file of the checkpoint that rank 0 has begun. Raises CheckpointError."""
         return self._where(saving.emergency).write_part(saving.name, write, part=part)
 
-    def publish(self, saving: Saving, files: Sequence[FileEntry], *, epoch: int) -> Manifest:
+    def publish(
+        self, saving: Saving, files: Sequence[FileEntry], *, epoch: int, metrics: Mapping[str, float] | None = None
+    ) -> Manifest:
         """Rank 0: make the parts a checkpoint; then call `committed`. Raises as `commit`."""
         return self._where(saving.emergency).publish(
             self._require_fence(),
@@ -457,6 +519,8 @@ class Session:
             world_size=self.world_size,
             code_hash=self._code_hash,
             image=self._image,
+            metrics=metrics,
+            data=self._data,
         )
 
     def abandon(self, saving: Saving) -> None:
@@ -505,7 +569,13 @@ class Session:
     def _tidy_up(self, fence: Fence) -> None:
         if not self.stop_requested:  # the grace period is for saving, not for tidying up
             with suppress(_Leaving):
-                self.store.collect_garbage(fence, keep_last=self.settings.keep_last, trace=self._unless_leaving)
+                self.store.collect_garbage(
+                    fence,
+                    keep_last=self.settings.keep_last,
+                    keep_every=self.settings.keep_every,
+                    keep_best=self.settings.keep_best,
+                    trace=self._unless_leaving,
+                )
 
     def _unless_leaving(self, _operation: str) -> None:
         # The last save does not wait for the removal of old checkpoints; left alone, that could turn last.ckpt back.
@@ -514,7 +584,7 @@ class Session:
 
     def checkpoint_path(self, manifest: Manifest) -> str:
         """Where the (first) data file of a manifest lies."""
-        return f"{manifest.directory}/{manifest.files[0].name}"
+        return manifest.location
 
     # --- telling others
 

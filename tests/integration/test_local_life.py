@@ -23,12 +23,14 @@ session.install_signal_handlers()
 print("secret", os.environ.get("API_TOKEN") == "s3cret value\\n", flush=True)
 with session.guard():
     found = session.resume()
+    metrics = session.open_metrics()
     step = found.manifest.step if found else 0
     print("begins at", step, flush=True)
     while step < steps:
         time.sleep(0.02)
         step += 1
         session.report(step, 0, steps)
+        metrics.append(step, 0, {"loss": 1 / step})
         print("step", step, flush=True)
         if step == 30 and os.environ.get("CRASH"):
             raise RuntimeError("boom at 30")
@@ -112,6 +114,31 @@ def test_from_submit_to_the_end(user: User) -> None:
     assert not (Path(first["run_dir"]) / "secrets.json").exists()
     written = [path for path in Path(first["run_dir"]).rglob("*") if path.is_file()]
     assert not [path for path in written if b"s3cret" in path.read_bytes()]
+
+
+def test_after_a_rollback_it_goes_on_from_there_and_what_came_after_is_logged_once(user: User) -> None:
+    run = user.submit()["run_id"]
+    user.until(run, lambda status: (status["progress"]["step"] or 0) > 65)
+    assert user.json("ckpt", "rollback", run, "--step", "40", code=7)["error"]["type"] == "RefusedError"
+    user.orch("cancel", run)
+    stopped = user.until(run, lambda status: not status["alive"])["last_checkpoint"]["step"]
+    user.orch("ckpt", "verify", run)
+    listed = user.json("ckpt", "ls", run)
+    assert stopped == listed[0]["step"] > 60
+    back = next(row["step"] for row in listed if row["step"] % 20 == 0)
+    told = user.json("ckpt", "rollback", run, "--step", str(back))
+    assert (told["step"], told["steps_given_up"]) == (back, stopped - back)
+    assert user.json("status", run)["last_checkpoint"]["step"] == back
+    assert user.json("resume", run)["action"] == "resumed"
+    status = user.json("wait", run, "--timeout", "60")
+    assert (status["state"], status["resumed_from"]["step"]) == ("completed", back)
+    assert status["resumed_from"]["attempt"] == 0
+    assert status["resumed_from"]["path"].endswith(".ckpt")
+    assert [Path(skip["path"]).name for skip in status["resumed_from"]["skipped"]] == [Path(listed[0]["path"]).name]
+    assert f"begins at {back}" in user.orch("logs", run)
+    run_dir = Path(status["run_dir"])
+    steps = [int(line.split(",")[0]) for line in (run_dir / "metrics.csv").read_text().splitlines()[1:]]
+    assert steps == list(range(1, 151))
 
 
 def test_a_drill_loses_no_step(user: User) -> None:

@@ -58,6 +58,7 @@ class ExactResume(Callback):
         settings: when to save outside `orch submit`.
         start_from: a checkpoint of a plain Lightning Trainer, or the directory it lies in: where a run begins that has
             no checkpoint of its own yet.
+        data: a fingerprint of the training data; to go on with other data than a checkpoint's is refused.
     """
 
     def __init__(
@@ -68,11 +69,14 @@ class ExactResume(Callback):
         out: Path | str | None = None,
         settings: CheckpointSettings | None = None,
         start_from: Path | str | None = None,
+        data: str | None = None,
     ) -> None:
         check_lightning_version()
         self.session = session or Session.start(
             default_dir=None if out is None else Path(out), agree=agree, settings=settings
         )
+        if data is not None:
+            self.session.declare_data(data)
         self.session.install_signal_handlers()
         self.seed = seed
         self._start_from = start_from
@@ -352,6 +356,7 @@ class ExactResume(Callback):
             return
         assert self._io is not None
         self._io.leaving = leaving
+        self._io.metrics = _published(trainer)
         trainer.save_checkpoint(self._io.target)
         self._schedule.saved(self._step)
 
@@ -465,6 +470,12 @@ def _run_loggers(trainer: Trainer) -> list[RunLogger]:
 def _validation_batches(trainer: Trainer) -> int:
     batches = sum(trainer.num_val_batches)
     return int(batches) if batches != float("inf") else 0
+
+
+def _published(trainer: Trainer) -> dict[str, float]:
+    """`trainer.callback_metrics` without what it does when asked: it would compute the means of an open epoch."""
+    metrics = trainer._logger_connector._callback_metrics
+    return {name: float(value) for name, value in metrics.items() if value.numel() == 1}
 
 
 def _max_steps(trainer: Trainer) -> int | None:

@@ -24,13 +24,20 @@ class SessionCheckpointIO(CheckpointIO):
         self._saver = StateSaver(session)
         self._inner = inner
         self._foreign = start.path if start is not None and start.foreign else None
+        self.metrics: dict[str, float] = {}  # known at the time of the save
         self.target = f"{session.store.uri}/commit"
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
         if str(path) != self.target:
             self._inner.save_checkpoint(checkpoint, path, storage_options)
             return
-        self._saver.save(checkpoint, step=checkpoint["global_step"], epoch=checkpoint["epoch"], leaving=self.leaving)
+        self._saver.save(
+            checkpoint,
+            step=checkpoint["global_step"],
+            epoch=checkpoint["epoch"],
+            metrics=self.metrics,
+            leaving=self.leaving,
+        )
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         if weights_only is None and self._session.wrote(str(path)):

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from orchestrator import operations
+from orchestrator.checkpoint import Manifest, take_over
 from orchestrator.cli import failures, out
 from orchestrator.cli.main import main
 from orchestrator.files import write_json
 from orchestrator.operations import describe
+from orchestrator.operations.checkpoints import open_run_store
 from orchestrator.operations.checkup.findings import Examined, Family, Finding, Level, SaveSeconds
 from orchestrator.registry import EventLog
 from orchestrator.words import duration, size
@@ -38,7 +40,9 @@ COMMANDS = [
     "top",
     "resume",
     "image",
+    "ckpt",
 ]
+CKPT = ["ls", "verify", "pull", "gc", "rollback"]
 
 
 def test_help_lists_every_command(cli: Cli) -> None:
@@ -47,7 +51,7 @@ def test_help_lists_every_command(cli: Cli) -> None:
     assert all(f"  {command} " in said.out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "image lock"])
+@pytest.mark.parametrize("command", [*COMMANDS, "image lock", *(f"ckpt {name}" for name in CKPT)])
 def test_each_command_has_help(cli: Cli, command: str) -> None:
     said = cli(*command.split(), "--help")
     assert said.code == 0
@@ -548,3 +552,87 @@ def test_doctor_set_needs_a_spec(cli: Cli) -> None:
 def test_marks_fall_back_to_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     assert out.marks() == ("ok", "!", "x")
+
+
+# --- ckpt
+
+
+def committed(world: World, run: str, *steps: int) -> list[Manifest]:
+    store = open_run_store(world.paths(run))
+    _, fence = take_over(store, attempt=0)
+    for step in steps:
+        store.commit(fence, lambda f, s=step: f.write(b"state %d" % s), step=step, epoch=1, world_size=1)  # type: ignore[misc]
+    return store.manifests()
+
+
+def test_ckpt_ls(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    assert cli("ckpt", "ls", run).out == "no checkpoint was committed yet\n"
+    assert cli("ckpt", "ls", run, "--json").document == []
+    committed(world, run, 10, 1200)
+    said = cli("ckpt", "ls", run)
+    assert said.out.splitlines()[0].split() == ["step", "epoch", "attempt", "size", "age", "valid", "path"]
+    assert said.out.splitlines()[1].startswith("1 200  1")
+    rows = cli("ckpt", "ls", run, "--json").document
+    assert [row["step"] for row in rows] == [1200, 10]
+    assert set(rows[0]) == {"step", "epoch", "attempt", "path", "size_bytes", "sha256", "valid", "committed_at"}
+    assert (rows[0]["valid"], rows[0]["size_bytes"], rows[0]["attempt"]) == (True, 10, 0)
+
+
+def test_ckpt_verify_ends_with_5_when_one_is_damaged(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    newest = committed(world, run, 10, 20)[0]
+    assert "2 of 2 match" in cli("ckpt", "verify", run).out
+    newest.path.write_bytes(b"STATE 20")
+    said = cli("ckpt", "verify", run)
+    assert said.code == 5
+    assert "damaged: step 20" in said.err
+    said = cli("ckpt", "verify", run, "--json")
+    assert (said.code, [row["valid"] for row in said.document]) == (5, [False, True])
+    assert cli("ckpt", "verify", run, "--step", "10").code == 0
+    said = cli("ckpt", "verify", run, "--step", "11", "--json")
+    assert (said.code, said.document["error"]["exit_code"]) == (5, 5)
+
+
+def test_ckpt_pull(cli: Cli, world: World, tmp_path: Path) -> None:
+    run = world.ended("failed", "failure")
+    committed(world, run, 10, 20)
+    assert "step 20" in cli("ckpt", "pull", run, tmp_path / "copy").out
+    document = cli("ckpt", "pull", run, tmp_path / "copy", "--step", "10", "--json").document
+    assert Path(document["path"]).read_bytes() == b"state 10"
+    assert Path(document["manifest"]).is_file()
+
+
+def test_ckpt_gc(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    committed(world, run, 1, 2, 3, 4)
+    assert "2 files would be removed" in cli("ckpt", "gc", run, "--dry-run").out
+    document = cli("ckpt", "gc", run, "--json").document
+    assert (len(document["removed"]), document["steps_left"], document["dry_run"]) == (2, [4, 3, 2], False)
+    assert document["freed_bytes"] > 0
+    assert "0 files removed" in cli("ckpt", "gc", run).out
+
+
+def test_ckpt_rollback(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    committed(world, run, 10, 20, 30)
+    said = cli("ckpt", "rollback", run, "--step", "20")
+    assert said.code == 0
+    assert "10 steps and 1 newer checkpoint are given up" in said.out
+    assert f"orch resume {run}" in said.out
+    assert cli("ckpt", "rollback", run, "--step", "30").code == 5
+    document = cli("ckpt", "rollback", run, "--step", "10", "--yes", "--json").document
+    assert (document["step"], document["checkpoints_given_up"]) == (10, 1)
+    assert cli("status", run, "--json").document["last_checkpoint"]["step"] == 10
+
+
+def test_ckpt_rollback_asks_on_a_terminal(cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = world.ended("failed", "failure")
+    committed(world, run, 10, 20)
+    answers = io.StringIO("n\ny\n")
+    monkeypatch.setattr(answers, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", answers)
+    said = cli("ckpt", "rollback", run, "--step", "10")
+    assert (said.code, "nothing was changed" in said.err) == (7, True)
+    said = cli("ckpt", "rollback", run, "--step", "10")
+    assert (said.code, "rolled back to step 10" in said.out) == (0, True)

@@ -65,6 +65,13 @@ def test_no_command_imports_torch(world: World, command: str) -> None:
     assert not names & NEVER
 
 
+def test_what_looks_at_checkpoints_imports_nothing_slow(world: World) -> None:
+    run = world.ended("completed", "completed", step=3)
+    for arguments in (["ckpt", "ls", run], ["ckpt", "verify", run, "--step", "1"], ["ckpt", "gc", run, "--dry-run"]):
+        _, names = imported(*arguments)
+        assert not names & (NEVER | SLOW), arguments
+
+
 def test_image_lock_imports_no_torch(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DOCKER_HOST", "unix:///nonexistent")
     code, names = imported("image", "lock", "a:b")

@@ -1,0 +1,262 @@
+"""`orch ckpt`: look at a run's checkpoints, read them again, copy one, remove what is not wanted, go back to one."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.backends import open_backend
+from orchestrator.checkpoint import CheckpointStore, Listed, Manifest, Refuge, Retention, open_store, take_over
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, RefusedError
+from orchestrator.operations.describe import OpenBackend
+from orchestrator.operations.record import Record, agent_plan, load_record
+from orchestrator.operations.results import Collected, Pulled, RolledBack, StoredCheckpoint
+from orchestrator.operations.roots import find_run
+from orchestrator.operations.submission import ask_or_raise, reconcile, run_lock, translated
+from orchestrator.paths import RunPaths, parse_url
+from orchestrator.registry import EventLog
+from orchestrator.states import JobState
+from orchestrator.words import count, spoken
+
+Reading = Callable[[int, int], None]
+"""Called while bytes are read: how many just now, how many in all."""
+
+
+def open_run_store(paths: RunPaths) -> CheckpointStore:
+    """Where a run keeps its checkpoints, as its plan says. Raises RegistryError without one."""
+    plan = agent_plan(paths)
+    checkpoint = plan["checkpoint"]
+    uri = str(checkpoint["uri"])
+    if uri == str(RunPaths(Path(plan["run_dir"])).checkpoints):
+        uri = str(paths.checkpoints)  # the root may have been moved since
+    if parse_url(uri) is None:
+        return open_store(uri)
+    return open_store(
+        uri,
+        storage_options=checkpoint.get("storage_options"),
+        shared_disk=paths.checkpoints,
+        claim_on_disk=checkpoint.get("fence") == "disk",
+    )
+
+
+# --- looking
+
+
+def list_checkpoints(run: str, *, root: str | Path | None = None) -> list[StoredCheckpoint]:
+    """Every committed checkpoint, newest first. `valid`: live, with a readable manifest, and files of the right size;
+    their bytes are not read. Changes nothing."""
+    return [_described(listed) for listed in open_run_store(find_run(run, root)).inventory()]
+
+
+def verify_checkpoints(
+    run: str, *, step: int | None = None, root: str | Path | None = None, reading: Reading = lambda count, total: None
+) -> list[StoredCheckpoint]:
+    """Read the bytes of all live checkpoints, or those of one step, and compare them. Changes nothing."""
+    store = open_run_store(find_run(run, root))
+    chosen = [listed for listed in store.inventory() if listed.live and step in (None, listed.name.step)]
+    if not chosen:
+        _choose(store, step)  # raises with those there are
+    total = sum(listed.manifest.size_bytes for listed in chosen if _whole(listed) and listed.manifest)
+    verified = (_verified(store, listed, lambda count: reading(count, total)) for listed in chosen)
+    return [_described(listed) for listed in verified if listed is not None]
+
+
+def _whole(listed: Listed) -> bool:
+    return listed.problem is None
+
+
+def _verified(store: CheckpointStore, listed: Listed, reading: Callable[[int], None]) -> Listed | None:
+    """With what its bytes say; None for one that its running attempt has removed meanwhile."""
+    if listed.problem is not None or listed.manifest is None:
+        return listed
+    try:
+        return replace(listed, problem=store.verify(listed.manifest, reading=reading))
+    except CheckpointError:
+        if listed.name in {manifest.name for manifest in store.manifests()}:
+            raise
+        return None
+
+
+def _described(listed: Listed) -> StoredCheckpoint:
+    manifest = listed.manifest
+    return StoredCheckpoint(
+        step=listed.name.step,
+        epoch=None if manifest is None else manifest.epoch,
+        attempt=None if manifest is None else manifest.attempt,
+        path=listed.location,
+        size_bytes=None if manifest is None else manifest.size_bytes,
+        sha256=None if manifest is None else manifest.sha256,
+        valid=listed.problem is None,
+        committed_at=None if manifest is None else manifest.committed_at,
+        live=listed.live,
+        problem=listed.problem,
+    )
+
+
+def _choose(store: CheckpointStore, step: int | None) -> Manifest:
+    """The newest live checkpoint (of that step). Raises CheckpointError with the steps there are."""
+    live = store.manifests()
+    for manifest in live:
+        if step in (None, manifest.step):
+            return manifest
+    if not live:
+        raise CheckpointError(f"there is no checkpoint in {store.uri} to resume from", hint="`orch ckpt ls` lists all")
+    steps = ", ".join(count(number) for number in dict.fromkeys(manifest.step for manifest in live))
+    raise CheckpointError(f"there is no live checkpoint of step {count(step or 0)}", hint=f"there are those of {steps}")
+
+
+# --- copying
+
+
+def pull_checkpoint(
+    run: str,
+    directory: str | Path,
+    *,
+    step: int | None = None,
+    root: str | Path | None = None,
+    reading: Reading = lambda count, total: None,
+) -> Pulled:
+    """Copy the newest live checkpoint, or that of `step`, with its manifest into a directory; compared on its way."""
+    paths = find_run(run, root)
+    store = open_run_store(paths)
+    manifest = _choose(store, step)
+    total = manifest.size_bytes
+    path = store.fetch(manifest, Path(directory).absolute(), reading=lambda count: reading(count, total))
+    return Pulled(paths.run_dir.name, manifest.step, path, path.parent / manifest.name.manifest, total, manifest.sha256)
+
+
+# --- removing
+
+
+def collect_checkpoints(
+    run: str, *, dry_run: bool = False, root: str | Path | None = None, open_backend: OpenBackend = open_backend
+) -> Collected:
+    """Remove what the spec's retention does not keep, and what killed attempts left. RefusedError while it is alive.
+
+    Only the holder of the newest epoch may remove anything: this opens one in the name of the last attempt, going on
+    from the newest good checkpoint, so that a process of it that nobody sees any more is fenced before its files go.
+    """
+    paths = find_run(run, root)
+    plan = agent_plan(paths)
+    store = open_run_store(paths)
+    rules = _rules(plan["checkpoint"])
+    with translated(paths.run_dir):
+        record = _at_rest(paths, open_backend, "collect")
+        before = store.sizes()
+        if dry_run or not before:
+            removed = store.garbage(**rules)
+        else:
+            if store.uri != str(paths.checkpoints):  # else an emergency save would be older than the epoch, and dead
+                collections.deque(Refuge(paths.checkpoints).bring_to(store), maxlen=0)
+            _, fence = take_over(store, attempt=_last_attempt(store, record))
+            removed = store.collect_garbage(fence, **rules)
+            EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))
+    steps = tuple(manifest.step for manifest in store.manifests() if manifest.name.manifest not in removed)
+    freed = sum(before.get(name, 0) for name in removed)
+    return Collected(record.run_id, dry_run, tuple(sorted(removed)), freed, steps)
+
+
+def _rules(plan: dict[str, Any]) -> dict[str, Any]:
+    """The retention of a plan as `collect_garbage` takes it."""
+    retention = Retention.from_plan(plan)
+    return {name: getattr(retention, name) for name in Retention.__dataclass_fields__}
+
+
+def _last_attempt(store: CheckpointStore, record: Record) -> int:
+    """In whose name to open an epoch: that of the attempt that owns the run, so that the next one can take over."""
+    owner = store.owner()
+    return owner.attempt if owner is not None else record.last_attempt or 0
+
+
+def _at_rest(paths: RunPaths, open_backend: OpenBackend, verb: str) -> Record:
+    """The record of a run that is neither running nor queued. Raises RefusedError, SchedulerUnavailable."""
+    record = load_record(paths)
+    if record.interrupted:
+        record = reconcile(record, open_backend)
+    standing = ask_or_raise(record, open_backend)
+    if standing is not None and standing.alive:
+        raise RefusedError(
+            f"{record.run_id} is {spoken(standing.state.value)}: its checkpoints belong to its attempt",
+            hint=f"stop it first (it saves once more):  orch cancel {record.run_id}"
+            if verb == "rollback"
+            else "it removes by itself what is not wanted, after every save",
+        )
+    return record
+
+
+def _user() -> str:
+    return os.environ.get("USER") or str(os.getuid())
+
+
+# --- going back
+
+
+def rollback(
+    run: str,
+    *,
+    step: int,
+    root: str | Path | None = None,
+    reading: Reading = lambda count, total: None,
+    agree: Callable[[RolledBack], bool] = lambda plan: True,
+    open_backend: OpenBackend = open_backend,
+) -> RolledBack:
+    """Make the next attempt go on from the checkpoint of `step`, whose bytes are compared first.
+
+    Newer checkpoints are dead for every reader from then on; the next attempt removes them. Raises RefusedError while
+    the run is alive, when it is completed, or when `agree` says no; CheckpointError when there is no such checkpoint,
+    CheckpointCorrupt when it is damaged.
+    """
+    paths = find_run(run, root)
+    store = open_run_store(paths)
+    with translated(paths.run_dir):
+        _may_go_back(paths, open_backend)
+        manifest = _choose(store, step)
+        total = manifest.size_bytes
+        problem = store.verify(manifest, reading=lambda count: reading(count, total))
+        if problem is not None:
+            raise CheckpointCorrupt(
+                f"the checkpoint of step {count(step)} is damaged: {problem}",
+                hint="nothing was changed; `orch ckpt verify` says which ones match",
+            )
+        plan = _plan(paths, store, manifest)
+        if not agree(plan):
+            raise RefusedError("not rolled back: nothing was changed")
+        with run_lock(paths):  # nobody resumes it in between
+            record = _may_go_back(paths, open_backend)
+            store.open_epoch(attempt=_last_attempt(store, record), base=manifest, discard_newer=True)
+            EventLog(paths, "login").append(
+                "rolled_back",
+                step=manifest.step,
+                epoch=manifest.epoch,
+                path=manifest.location,
+                size_bytes=manifest.size_bytes,
+                steps_given_up=plan.steps_given_up,
+                by=_user(),
+            )
+    return plan
+
+
+def _may_go_back(paths: RunPaths, open_backend: OpenBackend) -> Record:
+    record = _at_rest(paths, open_backend, "rollback")
+    if record.stated is JobState.COMPLETED:
+        raise RefusedError(
+            f"{record.run_id} is completed, and a completed run is not resumed",
+            hint="start another run from a copy: `orch ckpt pull`, then docs/checkpoints.md, `By hand`",
+        )
+    return record
+
+
+def _plan(paths: RunPaths, store: CheckpointStore, manifest: Manifest) -> RolledBack:
+    given_up = [newer.step for newer in store.manifests() if newer.rank > manifest.rank and newer.step > manifest.step]
+    return RolledBack(
+        run_id=paths.run_dir.name,
+        run_dir=paths.run_dir,
+        step=manifest.step,
+        path=manifest.location,
+        checkpoints_given_up=len(given_up),
+        steps_given_up=max(given_up, default=manifest.step) - manifest.step,
+    )

@@ -1,0 +1,242 @@
+"""Checkpoints of a run as a person handles them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator import operations
+from orchestrator.backends.base import SchedulerState
+from orchestrator.checkpoint import CheckpointStore, Fence, Manifest, open_store, take_over
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RefusedError, SchedulerUnavailable
+from orchestrator.operations.checkpoints import open_run_store
+from orchestrator.registry import read_events
+from tests.unit.operations.conftest import World
+
+KEYS = {"step", "epoch", "attempt", "path", "size_bytes", "sha256", "valid", "committed_at"}
+
+
+def saved(world: World, run: str, *steps: int, attempt: int = 0) -> tuple[CheckpointStore, Fence]:
+    """Checkpoints of one attempt of a run."""
+    store = open_run_store(world.paths(run))
+    _, fence = take_over(store, attempt=attempt)
+    for step in steps:
+        store.commit(fence, lambda f, s=step: f.write(b"state %d" % s), step=step, epoch=1, world_size=1)  # type: ignore[misc]
+    return store, fence
+
+
+def place(world: World, run: str) -> str:
+    return str(world.paths(run).run_dir)
+
+
+def damage(manifest: Manifest) -> None:
+    manifest.path.write_bytes(b"x" * manifest.size_bytes)
+
+
+def names(world: World, run: str) -> list[str]:
+    return sorted(path.name for path in world.paths(run).checkpoints.iterdir())
+
+
+def rollback(world: World, run: str, step: int, **options: Any) -> Any:
+    return operations.rollback(place(world, run), step=step, open_backend=world.backend.open, **options)
+
+
+def collect(world: World, run: str, **options: Any) -> Any:
+    return operations.collect_checkpoints(place(world, run), open_backend=world.backend.open, **options)
+
+
+# --- looking
+
+
+def test_the_list_has_all_newest_first_with_what_is_known_of_each(world: World) -> None:
+    run, _ = world.running()
+    assert operations.list_checkpoints(place(world, run)) == []
+    store, _ = saved(world, run, 10, 20)
+    found = operations.list_checkpoints(place(world, run))
+    assert [(entry.step, entry.attempt, entry.epoch, entry.valid) for entry in found] == [
+        (20, 0, 1, True),
+        (10, 0, 1, True),
+    ]
+    manifest = store.manifests()[0]
+    document = found[0].as_json()
+    assert set(document) == KEYS
+    assert document["path"] == str(manifest.path)
+    assert (document["size_bytes"], document["sha256"]) == (8, manifest.files[0].sha256)
+
+
+def test_a_moved_root_is_followed(world: World) -> None:
+    run, _ = world.running()
+    saved(world, run, 10)
+    shutil.move(world.root, world.root.with_name("moved"))
+    [entry] = operations.list_checkpoints(run, root=world.root.with_name("moved"))
+    assert entry.path.startswith(str(world.root.with_name("moved")))
+
+
+def test_verify_reads_what_the_list_only_measures(world: World) -> None:
+    run, _ = world.running()
+    store, _ = saved(world, run, 10, 20, 30)
+    damage(store.manifests()[1])
+    before = names(world, run)
+    assert [entry.valid for entry in operations.list_checkpoints(place(world, run))] == [True, True, True]
+    read = list[tuple[int, int]]()
+    found = operations.verify_checkpoints(place(world, run), reading=lambda count, total: read.append((count, total)))
+    assert [(entry.step, entry.valid) for entry in found] == [(30, True), (20, False), (10, True)]
+    assert "does not match its hash" in (found[1].problem or "")
+    assert {total for _, total in read} == {24}
+    assert names(world, run) == before
+    assert [entry.step for entry in operations.verify_checkpoints(place(world, run), step=10)] == [10]
+    with pytest.raises(CheckpointError, match="no live checkpoint of step 11") as caught:
+        operations.verify_checkpoints(place(world, run), step=11)
+    assert "30, 20, 10" in (caught.value.hint or "")
+
+
+def test_a_file_of_another_size_is_not_valid_in_the_list_either(world: World) -> None:
+    run, _ = world.running()
+    store, _ = saved(world, run, 10)
+    store.manifests()[0].path.write_bytes(b"")
+    [entry] = operations.list_checkpoints(place(world, run))
+    assert not entry.valid
+    assert "0 bytes" in (entry.problem or "")
+
+
+# --- copying
+
+
+def test_pull_copies_the_newest_or_the_one_asked_for(world: World, tmp_path: Path) -> None:
+    run, _ = world.running()
+    saved(world, run, 10, 20)
+    result = operations.pull_checkpoint(place(world, run), tmp_path / "copy")
+    assert (result.step, result.path.read_bytes()) == (20, b"state 20")
+    assert operations.pull_checkpoint(place(world, run), tmp_path / "other", step=10).path.read_bytes() == b"state 10"
+    assert open_store(str(tmp_path / "copy")).manifests()[0].step == 20
+    with pytest.raises(CheckpointError, match="step 15"):
+        operations.pull_checkpoint(place(world, run), tmp_path / "copy", step=15)
+
+
+# --- removing
+
+
+def test_collecting_keeps_what_the_spec_says_and_sweeps_the_last_attempts_leftovers(world: World) -> None:
+    world.spec.write_text(world.spec.read_text() + "checkpoint: {keep_last: 2, keep_every: 20}\n")
+    run = world.ended("needs_resume", "preempted")
+    saved(world, run, 10, 20, 30, 40, 50)
+    left = world.paths(run).checkpoints / ".step-000000060.e0001.0a0b0c0d.ckpt.0123456789ab.tmp"
+    left.write_bytes(b"1234567")
+    before = names(world, run)
+    told = collect(world, run, dry_run=True)
+    assert names(world, run) == before
+    done = collect(world, run)
+    assert done.removed == told.removed
+    assert done.freed_bytes == told.freed_bytes > 7 + 8
+    assert left.name in done.removed
+    assert done.steps_left == told.steps_left == (50, 40, 20)
+    assert [entry.step for entry in operations.list_checkpoints(place(world, run))] == [50, 40, 20]
+
+
+def test_who_still_writes_unseen_is_fenced_before_anything_is_removed(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    store, fence = saved(world, run, 10, 20)
+    collect(world, run)
+    with pytest.raises(Fenced):
+        store.commit(fence, lambda f: f.write(b"late"), step=30, epoch=0, world_size=1)
+    found, _ = take_over(open_run_store(world.paths(run)), attempt=1)
+    assert found is not None
+    assert found.manifest.step == 20
+
+
+def test_of_a_run_without_checkpoints_nothing_is_removed_or_made(world: World) -> None:
+    run = world.ended("failed", "failure")
+    assert collect(world, run).removed == ()
+    assert not world.paths(run).checkpoints.exists()
+
+
+@pytest.mark.parametrize("state", [SchedulerState.PENDING, SchedulerState.RUNNING])
+def test_nothing_is_taken_from_a_run_that_lives(world: World, state: SchedulerState) -> None:
+    run, _ = world.running()
+    saved(world, run, 10, 20, 30)
+    world.backend.set("101", state)
+    before = names(world, run)
+    for act in (
+        lambda: collect(world, run),
+        lambda: collect(world, run, dry_run=True),
+        lambda: rollback(world, run, 10),
+    ):
+        with pytest.raises(RefusedError, match=r"running|queued|preempted"):
+            act()
+    world.backend.down = True
+    with pytest.raises(SchedulerUnavailable):
+        rollback(world, run, 10)
+    assert names(world, run) == before
+
+
+# --- going back
+
+
+def test_after_a_rollback_the_next_attempt_begins_there(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    saved(world, run, 10, 20, 30)
+    before = names(world, run)
+    result = rollback(world, run, 10)
+    assert (result.step, result.checkpoints_given_up, result.steps_given_up) == (10, 2, 20)
+    assert set(before) <= set(names(world, run))  # nothing is deleted
+    assert [(entry.step, entry.valid) for entry in operations.list_checkpoints(place(world, run))] == [
+        (30, False),
+        (20, False),
+        (10, True),
+    ]
+    status = world.status(run)
+    assert status.last_checkpoint is not None
+    assert status.last_checkpoint.step == 10
+    assert world.resume(run).action == "resumed"
+    found, fence = take_over(open_run_store(world.paths(run)), attempt=1)
+    assert found is not None
+    assert (found.manifest.step, fence.base_step) == (10, 10)
+    store, fence = saved(world, run, 15, 25, attempt=1)
+    store.collect_garbage(fence, keep_last=3)
+    assert [manifest.step for manifest in store.manifests()] == [25, 15, 10]
+    assert not [name for name in names(world, run) if name.startswith(("step-000000030", "step-000000020"))]
+
+
+def test_back_to_a_step_that_is_not_there_or_damaged(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    store, _ = saved(world, run, 10, 20, 30)
+    before = names(world, run)
+    with pytest.raises(CheckpointError, match="no live checkpoint of step 15") as caught:
+        rollback(world, run, 15)
+    assert "30, 20, 10" in (caught.value.hint or "")
+    damage(store.manifests()[-1])
+    with pytest.raises(CheckpointCorrupt, match="step 10 is damaged"):
+        rollback(world, run, 10)
+    assert names(world, run) == before
+
+
+def test_who_says_no_changes_nothing(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    saved(world, run, 10, 20)
+    before = names(world, run)
+    with pytest.raises(RefusedError, match="nothing was changed"):
+        rollback(world, run, 10, agree=lambda plan: False)
+    assert names(world, run) == before
+    assert "rolled_back" not in [event["event"] for event in read_events(world.paths(run))]
+
+
+def test_a_completed_run_is_not_rolled_back(world: World) -> None:
+    run = world.ended("completed", "completed")
+    saved(world, run, 10, 20)
+    with pytest.raises(RefusedError, match="completed"):
+        rollback(world, run, 10)
+
+
+def test_back_and_back_again(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    saved(world, run, 10, 20, 30)
+    rollback(world, run, 20)
+    rollback(world, run, 10)
+    with pytest.raises(CheckpointError, match="there is no live"):
+        rollback(world, run, 20)
+    found, _ = take_over(open_run_store(world.paths(run)), attempt=1)
+    assert found is not None
+    assert found.manifest.step == 10
