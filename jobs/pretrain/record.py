@@ -7,7 +7,7 @@ import hashlib
 import os
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,17 +55,22 @@ def _version(name: str) -> str | None:
         return None
 
 
-def refuse_drift(record: dict[str, Any], settings: PretrainSettings, data: dict[str, Any]) -> None:
-    """Raises RefusedError when the run directory belongs to a run with other settings or other data."""
+def refuse_drift(
+    record: dict[str, Any], settings: PretrainSettings, data: dict[str, Any], allowed: Collection[str] = ()
+) -> None:
+    """Raises RefusedError when the run directory belongs to a run with other settings or other data; `allowed` are
+    the keys of `orch resume --allow-drift`."""
     old, new = record["settings"], settings.model_dump(mode="json")
-    changed = [key for key in sorted({*old, *new} - {*MAY_CHANGE}) if old.get(key) != new.get(key)]
+    watched = [key for key in sorted({*old, *new} - {*MAY_CHANGE}) if f"job.args.{key}" not in allowed]
+    changed = [key for key in watched if old.get(key) != new.get(key)]
     lines = [f"  {key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed]
-    if record["data"] != data:
+    if record["data"] != data and "data" not in allowed:
         lines.append(f"  the images: {record['data']['images']} before, {data['images']} now, or other names")
     if lines:
         raise RefusedError(
             "this run directory belongs to a run with other settings:\n" + "\n".join(lines),
-            hint="choose another --out, or repeat the old settings to go on with that run",
+            hint="choose another --out, or repeat the old settings to go on with that run; under `orch`, "
+            "`orch resume --allow-drift job.args.KEY` (or `data`) lets one differ",
         )
 
 

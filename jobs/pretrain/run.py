@@ -108,7 +108,9 @@ def _train(session: Session, settings: PretrainSettings) -> PretrainResult:
         )
     if settings.start_from is not None and not session.paths.environment.exists():
         find_checkpoint(settings.start_from)  # a wrong name must not become the settings of this run directory
-    seed = _record_attempt(session, settings, describe_data(data.names))
+    described = describe_data(data.names)
+    seed = _record_attempt(session, settings, described)
+    session.declare_data(f"{described['images']} images, names {described['names']}")
     exact = ExactResume(seed=seed, session=session, start_from=settings.start_from)
     sampler = exact.batch_sampler(len(data), settings.batch_size)
     loader = torch.utils.data.DataLoader(data, batch_sampler=sampler, **exact_loader_options(settings.num_workers))
@@ -158,7 +160,7 @@ def _record_attempt(session: Session, settings: PretrainSettings, data: dict[str
         path = session.paths.environment
         record, environment = load_record(path), describe_environment(session.world_size)
         if record is not None:
-            refuse_drift(record, settings, data)
+            refuse_drift(record, settings, data, session.allowed_drift)
             for change in environment_changes(record, environment):
                 log.warning("%s", change)
         if seed is None:

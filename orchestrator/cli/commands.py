@@ -367,9 +367,19 @@ def _show_usages(looks: Iterator[Usage]) -> None:
         out.repainted(usage_lines(usage) for usage in looks)
 
 
-def resume(run: str | None, sets: Sequence[str], root: Path | None, *, follow: bool, as_json: bool) -> None:
+def resume(
+    run: str | None,
+    sets: Sequence[str],
+    root: Path | None,
+    *,
+    code: bool,
+    allow_drift: Sequence[str],
+    follow: bool,
+    as_json: bool,
+) -> None:
     if run is not None:
-        _after_submit(operations.resume(run, overrides=sets, root=root), follow, as_json)
+        result = operations.resume(run, overrides=sets, code=code, allow_drift=allow_drift, root=root)
+        _after_submit(result, follow, as_json)
         return
     done, problems = operations.resume_all(root=root)
     for run_id, error in problems.items():

@@ -243,6 +243,11 @@ def resume(
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Every run that waits to be resumed.")] = False,
     sets: Sets = None,
+    code: Annotated[bool, typer.Option("--code", help="With the code as it is now.")] = False,
+    allow_drift: Annotated[
+        list[str] | None,
+        typer.Option("--allow-drift", metavar="KEY", help="Let this differ: job.args.lr, code, image, data (repeat)."),
+    ] = None,
     root: Root = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show the log until the run ends.")] = False,
     as_json: Json = False,
@@ -252,9 +257,9 @@ def resume(
 
     if (run is None) == (not every):
         raise typer.BadParameter("name one run, or give --all")
-    if every and (sets or follow):
-        raise typer.BadParameter("--set and --follow go with one run, not with --all")
-    commands.resume(run, sets or [], root, follow=follow, as_json=as_json)
+    if every and (sets or follow or code or allow_drift):
+        raise typer.BadParameter("--set, --code, --allow-drift and --follow go with one run, not with --all")
+    commands.resume(run, sets or [], root, code=code, allow_drift=allow_drift or [], follow=follow, as_json=as_json)
 
 
 @image_app.command()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -125,7 +124,7 @@ def pull_checkpoint(
     store = open_run_store(paths)
     manifest = _choose(store, step)
     total = manifest.size_bytes
-    path = store.fetch(manifest, Path(directory).absolute(), reading=lambda count: reading(count, total))
+    path = store.copy_to(Path(directory).absolute(), manifest, reading=lambda count: reading(count, total))
     return Pulled(paths.run_dir.name, manifest.step, path, path.parent / manifest.name.manifest, total, manifest.sha256)
 
 
@@ -151,7 +150,7 @@ def collect_checkpoints(
             removed = store.garbage(**rules)
         else:
             if store.uri != str(paths.checkpoints):  # else an emergency save would be older than the epoch, and dead
-                collections.deque(Refuge(paths.checkpoints).bring_to(store), maxlen=0)
+                list(Refuge(paths.checkpoints).bring_to(store))
             _, fence = take_over(store, attempt=_last_attempt(store, record))
             removed = store.collect_garbage(fence, **rules)
             EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))

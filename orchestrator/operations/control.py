@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from orchestrator.errors import BackendError, OrchError, RefusedError, Scheduler
 from orchestrator.files import write_json
 from orchestrator.operations.dependencies import upstreams_first
 from orchestrator.operations.describe import OpenBackend, announce_ends, ask_schedulers, records_of, stand
+from orchestrator.operations.drift import Change, changes, refuse_drift
 from orchestrator.operations.record import Record, agent_plan, is_ours, load_record
 from orchestrator.operations.results import Cancelled, Signalled, Submitted
 from orchestrator.operations.roots import find_run, known_roots
@@ -33,6 +35,7 @@ from orchestrator.registry import EventLog
 from orchestrator.states import JobState
 
 if TYPE_CHECKING:
+    from orchestrator.operations.snapshot import Snapshot
     from orchestrator.spec import JobSpec
 
 STOPPING_DEADLINE_S = 30.0  # how long `resume` waits for a cancelled job to leave
@@ -92,10 +95,8 @@ def _must_be_here(record: Record, verb: str) -> None:
 
 
 def _cancelled(record: Record, action: str) -> Cancelled:
-    event = record.last_checkpoint
-    step = event.get("step") if event else None
     job_id = record.submission.job_id if record.submission else None
-    return Cancelled(record.run_id, record.paths.run_dir, job_id, action, step if isinstance(step, int) else None)
+    return Cancelled(record.run_id, record.paths.run_dir, job_id, action, _safe_step(record))
 
 
 def _user() -> str:
@@ -152,21 +153,26 @@ def resume(
     run: str,
     *,
     overrides: Iterable[str] = (),
+    code: bool = False,
+    allow_drift: Iterable[str] = (),
     root: str | Path | None = None,
     environ: Mapping[str, str] = os.environ,
     open_backend: OpenBackend = open_backend,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Submitted:
-    """Continue a stopped run with the code it began with; lifts a cancellation.
+    """Continue a stopped run with the code it began with (`code`: as it is now); lifts a cancellation.
 
-    `overrides` may change what is not part of the run's identity (resources, slurm, checkpoint …).
-    Raises RefusedError naming the identity fields that would change.
+    `overrides` may change what is not part of the run's identity (resources, slurm, checkpoint …); anything else, and
+    other code, only where `allow_drift` names it. Raises RefusedError with what would change.
     """
     paths = find_run(run, root)
-    plan = agent_plan(paths)
+    allowed = tuple(allow_drift)
     with translated(paths.run_dir), run_lock(paths):
-        spec = _changed_spec(paths, plan, tuple(overrides), environ)
+        plan = agent_plan(paths)
+        place = paths.run_dir.parent.parent  # not the plan's: the root may have been moved since
         record = load_record(paths)
+        spec, snapshot, drift = _changed(record, plan, place, tuple(overrides), code, environ)
+        refuse_drift(record.run_id, drift, allowed, step=_safe_step(record))
         interrupted = record.interrupted
         if interrupted:
             record = reconcile(record, open_backend)
@@ -179,8 +185,9 @@ def resume(
         if done is not None:
             return done
         check(spec, environ)
-        place = paths.run_dir.parent.parent  # not the plan's: the root may have been moved since
-        return start(spec, record, place, str(plan["code_hash"]), environ, open_backend(spec.backend))
+        backend = open_backend(spec.backend)
+        done = start(spec, record, place, snapshot, environ, backend, drift=drift, allow_drift=allowed)
+        return replace(done, warnings=(*done.warnings, *(f"changed from here on: {change}" for change in drift)))
 
 
 def _lift_tombstone(record: Record, open_backend: OpenBackend, sleep: Callable[[float], None]) -> Record:
@@ -201,32 +208,42 @@ def _lift_tombstone(record: Record, open_backend: OpenBackend, sleep: Callable[[
     return load_record(record.paths)
 
 
-def _changed_spec(
-    paths: RunPaths, plan: Mapping[str, Any], overrides: tuple[str, ...], environ: Mapping[str, str]
-) -> JobSpec:
-    """The stored spec with `--set` applied. Raises RefusedError where that would make it another run."""
-    from orchestrator.identity import identity_fields
+def _changed(
+    record: Record,
+    plan: Mapping[str, Any],
+    place: Path,
+    overrides: tuple[str, ...],
+    code: bool,
+    environ: Mapping[str, str],
+) -> tuple[JobSpec, Snapshot | str, tuple[Change, ...]]:
+    """The stored spec with `--set` applied, its code, and what of it is not as it was. Raises RefusedError for what
+    would make it another run altogether."""
     from orchestrator.spec import load_spec
 
-    spec = load_spec(paths.spec, environ=environ)
-    if not overrides:
-        return spec
-    changed = load_spec(paths.spec, overrides=overrides, environ=environ)
-    code = str(plan["code_hash"])
-    old, new = identity_fields(spec, code), identity_fields(changed, code)
-    drift = [field for field in old if old[field] != new[field]]
-    if changed.root != spec.root:
-        drift.append("root")
-    if changed.backend != spec.backend:
-        drift.append("backend")
-    if drift:
-        named = {"image": "container.image"}
+    spec = load_spec(record.paths.spec, environ=environ)
+    snapshot: Snapshot | str = str(plan["code_hash"])
+    if not overrides and not code:
+        return spec, snapshot, ()
+    changed = load_spec(record.paths.spec, overrides=overrides, environ=environ)
+    fixed = [field for field in ("name", "root", "backend") if getattr(changed, field) != getattr(spec, field)]
+    if fixed:
         raise RefusedError(
-            f"--set would change {', '.join(named.get(field, field) for field in drift)}, which makes it another run",
-            hint="resume may change resources, slurm, torchrun, checkpoint, preemption, retry, watchdog, notify, "
-            "after; else submit again",
+            f"--set would change {', '.join(fixed)}, which makes it another run",
+            hint="resume keeps a run's name and place; to have it elsewhere, submit again",
         )
-    return changed
+    new_code = str(plan["code_hash"])
+    if code:
+        from orchestrator.operations.snapshot import hash_workspace
+
+        snapshot = hash_workspace(changed, spec_path=record.spec_path, root=place)
+        new_code = snapshot.code_hash
+    return changed, snapshot, changes(spec, str(plan["code_hash"]), changed, new_code)
+
+
+def _safe_step(record: Record) -> int | None:
+    event = record.last_checkpoint
+    step = event.get("step") if event else None
+    return step if isinstance(step, int) else None
 
 
 def _must_be_ours(paths: RunPaths) -> None:

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from orchestrator.backends.base import JobHandle
@@ -98,6 +99,13 @@ class Record:
     def newest(self, *kinds: str) -> dict[str, Any] | None:
         """The newest event of one of these kinds."""
         return next((event for event in reversed(self.events) if event.get("event") in kinds), None)
+
+    @property
+    def spec_path(self) -> Path | None:
+        """The file this run was last submitted from, which is no part of its code; None where it was none."""
+        given = (event["spec_path"] for event in reversed(self.events) if event.get("spec_path"))
+        path = next(given, None)
+        return None if path is None else Path(path)
 
     @property
     def last_checkpoint(self) -> dict[str, Any] | None:

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from orchestrator.errors import (
 from orchestrator.files import read_json, write_atomic, write_json
 from orchestrator.operations.dependencies import Awaited, full_ids, planned, settle
 from orchestrator.operations.describe import OpenBackend, ask_schedulers, stand
-from orchestrator.operations.record import Record, load_record
+from orchestrator.operations.drift import Change, changes
+from orchestrator.operations.record import Record, agent_plan, load_record
 from orchestrator.operations.results import Submitted
 from orchestrator.operations.roots import locked, remember
 from orchestrator.operations.state import Standing
@@ -52,6 +53,7 @@ class Request:
     spec: JobSpec
     root: Path
     snapshot: Snapshot
+    spec_path: Path | None = None
 
     def run_id(self, ordinal: int = 1) -> str:
         from orchestrator.identity import run_id
@@ -111,7 +113,7 @@ def prepare(
     loaded, spec_path = load(spec, overrides, root=root, environ=environ)
     place = resolve_root(root or loaded.root, environ)
     snapshot = hash_workspace(loaded, spec_path=spec_path, root=place)
-    return Request(loaded, place, snapshot)
+    return Request(loaded, place, snapshot, spec_path)
 
 
 def load(
@@ -260,8 +262,28 @@ def _submit_locked(
             hint=f"`orch resume {record.run_id}` lifts that and goes on; a fresh copy: orch submit --new",
         )
     if standing is not None:
+        _refuse_to_undo_drift(request, record, environ)
         check(request.spec, environ)
-    return start(request.spec, record, request.root, request.snapshot, environ, backend)
+    spec_path = request.spec_path
+    return start(request.spec, record, request.root, request.snapshot, environ, backend, spec_path=spec_path)
+
+
+def _refuse_to_undo_drift(request: Request, record: Record, environ: Mapping[str, str]) -> None:
+    """A run keeps its id when it goes on with other arguments or code (`orch resume --allow-drift`): its first spec,
+    submitted again, must not turn it back in silence."""
+    from orchestrator.spec import load_spec
+
+    paths = record.paths
+    if not (paths.spec.exists() and paths.agent_plan.exists()):
+        return  # its first submission did not get that far
+    stored, code = load_spec(paths.spec, environ=environ), str(agent_plan(paths)["code_hash"])
+    found = changes(stored, code, request.spec, request.snapshot.code_hash)
+    if found:
+        raise RefusedError(
+            f"{record.run_id} has gone on with something else since; this spec would turn it back:\n"
+            + "\n".join(f"  {change}" for change in found),
+            hint=f"`orch resume {record.run_id}` goes on as it is now; a fresh copy: orch submit --new",
+        )
 
 
 def reconcile(record: Record, open_backend: OpenBackend) -> Record:
@@ -326,7 +348,15 @@ def _already(record: Record, action: str) -> Submitted:
     )
 
 
-def render(spec: JobSpec, paths: RunPaths, root: Path, code_hash: str, record: Record | None, awaited: Awaited) -> Plan:
+def render(
+    spec: JobSpec,
+    paths: RunPaths,
+    root: Path,
+    code_hash: str,
+    record: Record | None,
+    awaited: Awaited,
+    allow_drift: Sequence[str] = (),
+) -> Plan:
     """The plan of the next submission. The same state of the run directory gives the same bytes."""
     from orchestrator.plan import render_plan
 
@@ -342,6 +372,7 @@ def render(spec: JobSpec, paths: RunPaths, root: Path, code_hash: str, record: R
         python=sys.executable,
         nonce=str(_submissions(record) if record else 0),
         after_jobs=awaited.jobs,
+        allow_drift=allow_drift,
     )
 
 
@@ -367,10 +398,14 @@ def start(
     snapshot: Snapshot | str,
     environ: Mapping[str, str],
     backend: Backend,
+    *,
+    spec_path: Path | None = None,
+    drift: Sequence[Change] = (),
+    allow_drift: Sequence[str] = (),
 ) -> Submitted:
     """Write the run directory and queue it; the caller holds the run's lock and knows that nothing of it is alive.
 
-    `snapshot` is a code hash when the code is already stored (resume).
+    `snapshot` is a code hash when the code is already stored (resume). `drift` is what changes in a run that goes on.
     """
     paths = record.paths
     first = record.submission is None and record.last_attempt is None
@@ -378,12 +413,14 @@ def start(
     _refuse_to_leave_checkpoints(spec, record)
     awaited = settle(full_ids(spec.after, root, paths.run_dir.name), root, paths.run_dir.name, backend)
     spec = spec.model_copy(update={"after": awaited.run_ids})
-    plan = render(spec, paths, root, code_hash, record, awaited)
+    plan = render(spec, paths, root, code_hash, record, awaited, allow_drift)
     try:
         _store_code(snapshot, root)
         _store_code(library_of(paths), root)
+        if drift:
+            _note_drift(record, plan, drift)
         _write_run(spec, plan, paths, environ)
-        job_id = _queue(plan, paths, environ, backend)
+        job_id = _queue(plan, paths, environ, backend, spec_path)
         if awaited.waiting_for:
             note_waiting(EventLog(paths, "login"), awaited.waiting_for, job_id)
     except BaseException:
@@ -416,6 +453,17 @@ def _refuse_to_leave_checkpoints(spec: JobSpec, record: Record) -> None:
             f"{wanted or 'the run directory'}: it would begin at the beginning",
             hint="leave checkpoint.uri as it is, or begin another run:  orch submit … --new",
         )
+
+
+def _note_drift(record: Record, plan: Plan, drift: Sequence[Change]) -> None:
+    """From which attempt on it runs with what; every checkpoint names its code and image besides."""
+    event = record.last_checkpoint
+    EventLog(record.paths, "login").append(
+        "drift",
+        attempt=int(plan.agent["attempt_base"]),
+        step=None if event is None else event.get("step"),
+        changes=[change.as_json() for change in drift],
+    )
 
 
 def _perhaps_queued(paths: RunPaths) -> bool:
@@ -461,11 +509,14 @@ def start_files(plan: Plan) -> None:
         write_atomic(paths.script, plan.script.encode(), mode=0o755)
 
 
-def _queue(plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Backend) -> str:
+def _queue(
+    plan: Plan, paths: RunPaths, environ: Mapping[str, str], backend: Backend, spec_path: Path | None = None
+) -> str:
     """Intent, submission, a note of the job id, which is returned: a crash in between is resolved by the token."""
     log = EventLog(paths, "login")
     base = int(plan.agent["attempt_base"])
-    log.append("action", action="submitting", token=plan.token, backend=plan.backend, attempt_base=base)
+    source = {} if spec_path is None else {"spec_path": str(spec_path)}
+    log.append("action", action="submitting", token=plan.token, backend=plan.backend, attempt_base=base, **source)
     try:
         handle = backend.submit(plan, environ=environ)
     except SchedulerUnavailable:

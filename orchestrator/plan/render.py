@@ -73,11 +73,13 @@ def render_plan(
     attempt_base: int = 0,
     nonce: str = "0",
     after_jobs: Sequence[str] = (),
+    allow_drift: Sequence[str] = (),
 ) -> Plan:
     """Render everything a submission consists of.
 
     `python` is the interpreter that runs `orch`, used on the nodes unless `slurm.python` names another; `nonce` tells
-    two submissions of the same attempt apart; `after_jobs` are the jobs of the runs in `after` that go on.
+    two submissions of the same attempt apart; `after_jobs` are the jobs of the runs in `after` that go on;
+    `allow_drift` names what the training code may find changed since its checkpoint.
     Raises SpecError where a value cannot be carried by an `#SBATCH` line.
     """
     paths = RootPaths(root).run(run_id)
@@ -91,6 +93,8 @@ def render_plan(
         attempt_base=attempt_base,
         python=python,
     )
+    if allow_drift:
+        agent["allow_drift"] = sorted(allow_drift)
     content = hashlib.sha256(json.dumps(agent, sort_keys=True).encode() + nonce.encode()).hexdigest()
     token = f"orch:{run_id}:{content[:16]}"
     script = ""

@@ -348,6 +348,7 @@ class Session:
         found, self._fence = take_over(self.store, attempt=self.attempt)
         skipped = [{"path": skip.location, "reason": skip.reason} for skip in found.skipped] if found else []
         for skip in skipped:
+            log.warning("passed over %s: %s", skip["path"], skip["reason"])
             self.event("checkpoint_rejected", **skip)
         if found is not None:
             self._refuse_other_data(found.manifest)
@@ -356,12 +357,18 @@ class Session:
             self._position = (found.manifest.step, found.manifest.epoch)
             if self._refuge is not None:
                 self._refuge.clear(self._fence)
+            log.info(
+                "resumed from step %d of attempt %d: %s",
+                found.manifest.step,
+                found.manifest.attempt,
+                found.manifest.location,
+            )
             self.event(
                 "resumed",
                 step=found.manifest.step,
                 epoch=found.manifest.epoch,
                 from_attempt=found.manifest.attempt,
-                checkpoint=self.checkpoint_path(found.manifest),
+                checkpoint=found.manifest.location,
                 skipped=skipped,
             )
         return found

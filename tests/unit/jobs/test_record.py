@@ -28,6 +28,8 @@ def test_a_resume_with_other_settings_is_refused(tmp_path: Path) -> None:
     refuse_drift(record, parse_settings({"data": "d", "epochs": 3, "num_workers": 7}), data)
     with pytest.raises(RefusedError, match="epochs: 3 before, 4 now"):
         refuse_drift(record, parse_settings({"data": "d", "epochs": 4}), data)
+    refuse_drift(record, parse_settings({"data": "d", "epochs": 4}), data, ["job.args.epochs"])
+    refuse_drift(record, settings, describe_data(["a/1.png"]), ["data"])
     with pytest.raises(RefusedError, match="the images: 2 before, 1 now"):
         refuse_drift(record, settings, describe_data(["a/1.png"]))
     write_record(path, record, settings=settings, seed=5, data=data, attempt=1, environment=environment)

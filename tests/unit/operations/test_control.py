@@ -208,21 +208,83 @@ def test_resume_with_other_resources(world: World) -> None:
     assert "#SBATCH --partition=high" in world.backend.plans[1].script
 
 
+@pytest.mark.parametrize("override", ["name=other", "root=/elsewhere", "backend=local"])
+def test_resume_refuses_what_would_be_another_run(world: World, override: str) -> None:
+    run = world.ended("needs_resume", "preempted")
+    with pytest.raises(RefusedError, match=override.partition("=")[0]):
+        world.resume(run, overrides=[override], allow_drift=[override.partition("=")[0]])
+    assert world.status(run).state is JobState.NEEDS_RESUME
+
+
 @pytest.mark.parametrize(
-    ("override", "named"),
+    ("override", "line"),
     [
-        ("job.args.lr=0.5", "job"),
-        ("name=other", "name"),
-        ("env.A=1", "env"),
-        ("root=/elsewhere", "root"),
-        ("backend=local", "backend"),
+        ("job.args.lr=0.5", "job.args.lr: 0.1 → 0.5"),
+        ("job.args.new.name=yes", 'job.args.new.name: not set → "yes"'),
+        ("env.A=1", 'env.A: not set → "1"'),
+        (f"container.runtime=docker container.image=repo/x@sha256:{'a' * 64}", 'image: not set → "sha256:aaa'),
     ],
 )
-def test_resume_refuses_what_would_be_another_run(world: World, override: str, named: str) -> None:
+def test_what_would_differ_is_listed_and_refused_unless_it_is_allowed(world: World, override: str, line: str) -> None:
+    run, agent = world.running()
+    agent.commit(0, 120)
+    agent.end("needs_resume", "preempted", step=120)
+    world.backend.set("101", ENDED)
+    before = world.paths(run).spec.read_bytes(), world.paths(run).agent_plan.read_bytes()
+    with pytest.raises(RefusedError, match="since the checkpoint of step 120") as caught:
+        world.resume(run, overrides=override.split(), allow_drift=["code", "data"])
+    assert f"  {line}" in caught.value.message
+    key = line.partition(":")[0]
+    assert f"--allow-drift {key}" in (caught.value.hint or "")
+    assert (world.paths(run).spec.read_bytes(), world.paths(run).agent_plan.read_bytes()) == before
+    assert len(world.backend.plans) == 1
+    done = world.resume(run, overrides=override.split(), allow_drift=[key])
+    assert (done.run_id, done.action) == (run, "resumed")
+    assert any(line in warning for warning in done.warnings)
+    [event] = [event for event in read_events(world.paths(run)) if event["event"] == "drift"]
+    assert (event["attempt"], event["step"], event["changes"][0]["key"]) == (1, 120, key)
+
+
+def test_changed_arguments_stay_and_the_first_spec_does_not_turn_them_back(world: World) -> None:
+    run = world.ended("failed", "failure")
+    world.resume(run, overrides=["job.args.lr=0.5"], allow_drift=["job.args.lr"])
+    assert "--lr=0.5" in world.backend.plans[1].agent["program"]["argv"]
+    assert world.submit().action == "already_queued"
+    world.backend.set("102", ENDED, "CANCELLED")
+    agent = FakeAgent(world.paths(run))
+    agent.begin(1, job_id="102")
+    agent.end("failed", "failure")
+    with pytest.raises(RefusedError, match="would turn it back") as caught:
+        world.submit()
+    assert "job.args.lr: 0.5 → 0.1" in caught.value.message
+    world.resume(run)
+    assert "--lr=0.5" in world.backend.plans[2].agent["program"]["argv"]
+
+
+def test_resume_with_the_code_as_it_is_now(world: World) -> None:
     run = world.ended("needs_resume", "preempted")
-    with pytest.raises(RefusedError, match=named):
-        world.resume(run, overrides=[override])
-    assert world.status(run).state is JobState.NEEDS_RESUME
+    world.resume(run, code=True)  # nothing has changed: the spec beside the code is none of it
+    begun = world.backend.plans[1].agent["code_hash"]
+    assert begun == world.backend.plans[0].agent["code_hash"]
+    world.backend.set("102", ENDED)
+    agent = FakeAgent(world.paths(run))
+    agent.begin(1, job_id="102")
+    agent.end("needs_resume", "preempted")
+    (world.folder / "train.py").write_text("print('better')\n")
+    with pytest.raises(RefusedError, match="since the run began") as caught:
+        world.resume(run, code=True)
+    assert f"  code: {begun[:12]} → " in caught.value.message
+    world.resume(run, code=True, allow_drift=["code"])
+    plan = world.backend.plans[2].agent
+    assert plan["code_hash"] != begun
+    assert (Path(plan["code_dir"]) / "train.py").read_text() == "print('better')\n"
+
+
+def test_the_training_code_is_told_what_may_differ(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    world.resume(run, allow_drift=["data"])
+    assert world.backend.plans[1].agent["allow_drift"] == ["data"]
+    assert "allow_drift" not in world.backend.plans[0].agent
 
 
 def test_a_run_is_not_sent_away_from_its_checkpoints(world: World, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import pytest
 
-from orchestrator.checkpoint import PosixStore, Refuge
+from orchestrator.checkpoint import Best, PosixStore, Refuge
 from orchestrator.errors import CheckpointError, Fenced
 from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
@@ -125,6 +125,8 @@ def test_the_plan_of_orch_submit_decides(tmp_path: Path, start: Callable[..., Se
             "every_epochs": None,
             "keep_last": 2,
             "async": True,
+            "keep_every": 100,
+            "keep_best": {"metric": "loss", "mode": "min", "k": 2},
         },
         "signal": "USR2",
         "code_hash": "abc",
@@ -134,7 +136,13 @@ def test_the_plan_of_orch_submit_decides(tmp_path: Path, start: Callable[..., Se
     RunPaths(tmp_path).agent_plan.write_text(json.dumps(plan))
     session = start(ORCH_CHECKPOINT_URI=str(tmp_path / "elsewhere"))
     assert session.settings == CheckpointSettings(
-        every_steps=5, every_minutes=None, every_epochs=None, keep_last=2, asynchronous=True
+        every_steps=5,
+        every_minutes=None,
+        every_epochs=None,
+        keep_last=2,
+        keep_every=100,
+        keep_best=Best("loss", "min", 2),
+        asynchronous=True,
     )
     assert session.signals == (signal.SIGUSR2, signal.SIGTERM)
     session.resume()
@@ -272,6 +280,59 @@ def test_old_checkpoints_are_removed_but_not_while_stopping(tmp_path: Path, star
     session._stop.signalled_at = time.time()
     session.commit(lambda file: file.write(b"x"), step=5, epoch=0)
     assert [manifest.step for manifest in session.store.manifests()] == [5, 4, 3]
+
+
+def test_the_best_by_a_metric_stay(start: Callable[..., Session]) -> None:
+    session = start()
+    session.settings = CheckpointSettings(keep_last=2, keep_every=None, keep_best=Best("loss", "min", 1))
+    session.resume()
+    for step, loss in [(1, 0.9), (2, 0.1), (3, 0.5), (4, float("nan")), (5, 0.7)]:
+        session.commit(lambda file: file.write(b"x"), step=step, epoch=0, metrics={"loss": loss})
+    assert [(m.step, dict(m.metrics)) for m in session.store.manifests()] == [
+        (5, {"loss": 0.7}),
+        (4, {}),
+        (2, {"loss": 0.1}),
+    ]
+
+
+def test_to_go_on_with_other_data_is_refused_unless_it_is_allowed(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    def attempt(number: int, data: str | None) -> Session:
+        session = start(attempt=number)
+        if data is not None:
+            session.declare_data(data)
+        session.resume()
+        return session
+
+    attempt(0, "1000 images").commit(lambda file: file.write(b"x"), step=1, epoch=0)
+    attempt(1, "1000 images")
+    attempt(2, None)  # who says nothing is not held up
+    with pytest.raises(CheckpointError, match="1000 images then, 900 images now") as caught:
+        attempt(3, "900 images")
+    assert "--allow-drift data" in (caught.value.hint or "")
+    RunPaths(tmp_path).plan_dir.mkdir()
+    write_json(RunPaths(tmp_path).agent_plan, {"allow_drift": ["data"]})
+    attempt(4, "900 images").commit(lambda file: file.write(b"x"), step=2, epoch=0)
+    drift = [event for event in read_events(RunPaths(tmp_path)) if event["event"] == "drift"]
+    assert [(event["attempt"], event["step"]) for event in drift] == [(4, 1)]
+    assert drift[0]["changes"] == [{"key": "data", "old": "1000 images", "new": "900 images"}]
+    RunPaths(tmp_path).agent_plan.unlink()
+    attempt(5, "900 images")  # from its own checkpoint nothing has changed
+
+
+def test_where_it_went_on_is_in_the_log(
+    tmp_path: Path, start: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    first = start()
+    first.resume()
+    first.commit(lambda file: file.write(b"good"), step=1, epoch=0)
+    bad = first.commit(lambda file: file.write(b"soon bad"), step=2, epoch=0)
+    bad.path.write_bytes(b"SOON BAD")
+    with caplog.at_level("INFO", logger="orchestrator.worker"):
+        start(attempt=1).resume()
+    assert f"passed over {bad.path}: the content of" in caplog.text
+    assert "resumed from step 1 of attempt 0: " in caplog.text
 
 
 def test_other_ranks_neither_search_nor_write(tmp_path: Path, start: Callable[..., Session]) -> None:
