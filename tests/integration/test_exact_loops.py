@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.checkpoint import open_store
 from orchestrator.paths import RunPaths
-from orchestrator.registry import read_events
+from orchestrator.registry import iter_metrics, read_events
 from tests.integration.forked import outputs, run_ranks
 from tests.integration.toy import BEFORE_THE_FIRST_STEP, Toy, train, verdict
 
@@ -86,6 +87,20 @@ def test_a_stop_anywhere_in_an_epoch(reference: Reference, tmp_path: Path, at: i
     toy = Toy()
     interrupted(toy, tmp_path, [replace(toy, at=at)])
     assert_exact(reference(toy, 1), tmp_path)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_checkpoints_know_what_was_measured_when_they_were_saved(reference: Reference, world_size: int) -> None:
+    run_dir = reference(Toy(validate_every=5), world_size)
+    measured: dict[tuple[str, int], float] = {}
+    for row in iter_metrics(RunPaths(run_dir).metrics):
+        measured[row.name, row.step] = row.value
+    manifests = open_store(str(RunPaths(run_dir).checkpoints)).manifests()
+    assert len(manifests) >= 2
+    for manifest in manifests:
+        validated = max(step for name, step in measured if name == "val_loss" and step <= manifest.step)
+        assert manifest.metrics["val_loss"] == measured["val_loss", validated]
+        assert manifest.metrics["loss_step"] == measured["loss_step", manifest.step]
 
 
 def test_a_signal_before_the_first_step_waits_for_one(reference: Reference, tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import signal
+from pathlib import Path
+
 import pytest
 
 from orchestrator.errors import CheckpointError
-from orchestrator.integrations.torch import Agreement, RankTimes, SaveSchedule, agree
-from orchestrator.worker.session import CheckpointSettings
+from orchestrator.integrations.torch import Agreement, RankTimes, ResumableLoop, SaveSchedule, agree
+from orchestrator.worker.session import CheckpointSettings, Session
 
 
 def test_one_rank_agrees_with_itself() -> None:
@@ -53,3 +56,21 @@ def test_minutes_count_from_the_last_save() -> None:
     schedule.saved(3)
     assert schedule.is_saved(3)
     assert not schedule.is_saved(4)
+
+
+def test_a_loops_checkpoints_know_the_numbers_it_was_given(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGUSR1, signal.SIGTERM)}
+    session = Session.start(environ={}, default_dir=tmp_path, settings=CheckpointSettings(every_steps=2))
+    try:
+        loop = ResumableLoop(session, {})
+        loop.step_done({"loss": 0.5})
+        loop.step_done({"loss": 0.25})
+        loop.step_done({"accuracy": 0.75})
+        loop.epoch_done({"loss": 0.125})
+    finally:
+        session.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    newest, older = session.store.manifests()
+    assert (newest.step, dict(newest.metrics)) == (3, {"loss": 0.125, "accuracy": 0.75})
+    assert (older.step, dict(older.metrics)) == (2, {"loss": 0.25})
