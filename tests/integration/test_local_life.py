@@ -141,6 +141,29 @@ def test_after_a_rollback_it_goes_on_from_there_and_what_came_after_is_logged_on
     assert steps == list(range(1, 151))
 
 
+def test_other_arguments_and_code_only_where_they_are_allowed(user: User) -> None:
+    run = user.submit()["run_id"]
+    user.until(run, lambda status: (status["progress"]["step"] or 0) > 25)
+    user.orch("cancel", run)
+    user.until(run, lambda status: not status["alive"])
+    (user.folder / "train.py").write_text(PROGRAM.replace('"begins at"', '"better, begins at"'))
+    change = ["resume", run, "--set", "job.args.steps=149", "--code"]
+    refused = user.json(*change, "--allow-drift", "code", code=7)["error"]
+    assert "job.args.steps: 150 → 149" in refused["message"]
+    assert "  code: " in refused["message"]
+    assert "--allow-drift job.args.steps" in refused["hint"]
+    assert "--allow-drift code" not in refused["hint"]
+    resumed = user.json(*change, "--allow-drift", "code", "--allow-drift", "job.args.steps")
+    assert (resumed["run_id"], resumed["action"]) == (run, "resumed")
+    status = user.json("wait", run, "--timeout", "60")
+    assert (status["state"], status["progress"]["step"]) == ("completed", 149)
+    log = user.orch("logs", run)
+    assert f"better, begins at {status['resumed_from']['step']}" in log
+    [drift] = [event for event in status["events"] if event["event"] == "drift"]
+    assert (drift["attempt"], drift["step"]) == (1, status["resumed_from"]["step"])
+    assert [change["key"] for change in drift["changes"]] == ["job.args.steps", "code"]
+
+
 def test_a_drill_loses_no_step(user: User) -> None:
     run = user.submit()["run_id"]
     user.until(run, stepping)

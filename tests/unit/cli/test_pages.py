@@ -40,6 +40,16 @@ def test_the_heading_names_every_option(name: str) -> None:
     assert not {word for word in shown - EVERYWHERE if word.startswith("--")}, "options that the command does not have"
 
 
+def test_subcommands_have_a_heading_with_every_option() -> None:
+    page = (REPOSITORY / "docs" / "cli.md").read_text()
+    found = {match[2]: match[1] for match in re.finditer(r"^#### (`orch ckpt (\w+).*)$", page, re.MULTILINE)}
+    group = commands()["ckpt"].commands
+    assert found.keys() == group.keys()
+    for name, command in group.items():
+        options = {word for param in command.params for word in param.opts if word.startswith("--")}
+        assert set(re.findall(r"--[a-z][a-z-]*", found[name])) == options - EVERYWHERE - {"--help"}, name
+
+
 def test_the_readme_leads_to_every_page() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     assert [page.name for page in (REPOSITORY / "docs").glob("*.md") if f"(docs/{page.name})" not in readme] == []
