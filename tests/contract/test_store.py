@@ -942,19 +942,21 @@ def test_the_inventory_says_of_each_whether_it_can_be_used(
 ) -> None:
     assert store.inventory() == []
     _, old = take_over(store, attempt=0)
-    good, short, gone, torn = (save(store, old, step) for step in (10, 20, 30, 40))
+    good, torn, gone, short = (save(store, old, step) for step in (10, 12, 14, 20))
+    save(store, old, 50)
+    store.open_epoch(attempt=1, base=short, discard_newer=True)
     place.write(short.name.data, b"short")
     place.remove(gone.name.data)
     place.write(torn.name.manifest, b"{")
-    save(store, old, 50)
-    store.open_epoch(attempt=1, base=short, discard_newer=True)
     before = sorted(place.names())
     listed = open_again().inventory()
-    assert [entry.name.step for entry in listed] == [50, 40, 30, 20, 10]
+    assert [entry.name.step for entry in listed] == [50, 20, 14, 12, 10]
+    assert [entry.live for entry in listed] == [False, True, True, True, True]
     problems = [entry.problem or "" for entry in listed]
     assert "replaced" in problems[0]
-    assert "not a manifest" in problems[1]
-    assert "5 bytes" in problems[3]
+    assert "5 bytes" in problems[1]
+    assert "is missing" in problems[2]
+    assert "not a manifest" in problems[3]
     assert listed[4].problem is None
     assert listed[4].manifest == good
     assert listed[4].location == f"{store.uri}/{good.name.data}"

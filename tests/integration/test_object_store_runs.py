@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.checkpoint import open_store, take_over
+from orchestrator import operations
+from orchestrator.checkpoint import Refuge, open_store, take_over
 from orchestrator.integrations.torch import agree, resume_path
+from orchestrator.operations.checkpoints import open_run_store
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from orchestrator.worker.session import Session
@@ -54,7 +56,8 @@ class Remote:
             "every_steps": 5, "scratch": str(self.run_dir / "scratch"), "fence": self.fence,
             "storage_options": {"endpoint_url": self.server.endpoint},
         }  # fmt: skip
-        path.write_text(json.dumps({"checkpoint": checkpoint}))
+        checkpoint |= {"uri": self.url, "keep_last": 2}
+        path.write_text(json.dumps({"run_dir": str(self.run_dir), "checkpoint": checkpoint}))
         (self.run_dir / "scratch").mkdir()
 
     @property
@@ -188,6 +191,38 @@ def test_a_node_that_cannot_fetch_says_so_on_all_its_ranks(remote: Remote) -> No
     assert "the first rank of this node could not fetch the checkpoint" in outputs(run_dir, 1)
     failed = json.loads((run_dir / "verdict-001.rank2.json").read_text())
     assert (failed["outcome"], failed["reason"]) == ("failed", "checkpoint_failure")
+
+
+def test_a_person_looks_after_checkpoints_in_a_bucket(
+    remote: Remote, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in remote.variables.items():
+        monkeypatch.setenv(name, value)
+    run = str(remote.run_dir)
+    assert operations.list_checkpoints(run) == []
+    store = open_run_store(RunPaths(remote.run_dir))
+    _, fence = take_over(store, attempt=0)
+    for step in (10, 20, 30):
+        store.commit(fence, lambda file: file.write(CONTENT), step=step, epoch=0, world_size=1)
+    refuge = Refuge(RunPaths(remote.run_dir).checkpoints)
+    refuge.open().commit(fence, lambda file: file.write(CONTENT), step=34, epoch=0, world_size=1)
+
+    listed = operations.list_checkpoints(run)
+    assert [(entry.step, entry.valid, entry.size_bytes) for entry in listed] == [
+        (step, True, len(CONTENT)) for step in (30, 20, 10)
+    ]
+    assert listed[0].path.startswith(f"{remote.url}/step-000000030.")
+    assert all(entry.valid for entry in operations.verify_checkpoints(run))
+    copy = operations.pull_checkpoint(run, tmp_path / "copy", step=20)
+    assert copy.path.read_bytes() == CONTENT
+
+    done = operations.collect_checkpoints(run)
+    assert done.steps_left == (34, 30)  # the save that had not reached the bucket is the newest, and not lost
+    assert done.freed_bytes > 2 * len(CONTENT)
+    assert operations.rollback(run, step=30).checkpoints_given_up == 1
+    result, _ = take_over(open_run_store(RunPaths(remote.run_dir)), attempt=1)
+    assert result is not None
+    assert result.manifest.step == 30
 
 
 def test_a_weak_store_is_named_once_an_attempt(remote: Remote) -> None:
