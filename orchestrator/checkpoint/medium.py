@@ -109,6 +109,10 @@ class Medium(Protocol):
         """Whether this is a temporary file of an attempt older than the one of that fence epoch."""
         ...
 
+    def abort_uploads(self, epoch: int) -> list[str]:
+        """Free what attempts older than the one of that fence epoch sent of files they never finished; their names."""
+        ...
+
     def failure(self, error: OSError, doing: str) -> CheckpointError:
         """The error as one sentence with a hint."""
         ...

@@ -9,17 +9,20 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
+import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import tenacity
 
-from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, FileEntry
+from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, DATA_SUFFIX, CheckpointName, FileEntry
 from orchestrator.checkpoint.medium import Problem, Vanished
 from orchestrator.checkpoint.posix import Directory
 from orchestrator.checkpoint.protocol import Reading, Trace
@@ -27,10 +30,13 @@ from orchestrator.checkpoint.store import Store, describe
 from orchestrator.checkpoint.stream import HashingWriter
 from orchestrator.errors import CheckpointError
 
-T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 POINTER_OBJECT = "last.json"
+_S3 = ("s3://", "s3a://")
+_ONE_TRY = {"retries": {"total_max_attempts": 1}}
 _CHUNK_BYTES = 8 << 20
+_MOST_PARTS = 10_000  # of one S3 object
 _TRANSIENT = (
     errno.EBUSY,
     errno.EIO,
@@ -40,9 +46,20 @@ _TRANSIENT = (
     errno.ECONNREFUSED,
     errno.EPIPE,
 )
-_CONFLICTS = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
-_EXPIRED = ("ExpiredToken", "RequestExpired", "TokenRefreshRequired")
+# What a store says of a request that was damaged or delayed on its way.
+_TRANSIENT_CODES = (
+    "BadDigest",
+    "IncompleteBody",
+    "XAmzContentSHA256Mismatch",
+    "XAmzContentChecksumMismatch",
+    "RequestTimeout",
+    "ConditionalRequestConflict",
+)
+_CONFLICTS = ("PreconditionFailed", "412")
+_EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
+_MUTE = "400"  # all that HEAD, whose answers have no body, can say of expired credentials
 PATIENCE_S = 60.0
+_LEAST_S = 5.0  # for one request, however little patience is left: 0 would never succeed
 _POINTER_TRIES = 10
 
 
@@ -109,13 +126,19 @@ class Bucket:
         options = {"use_listings_cache": False, "skip_instance_cache": True, **storage_options}
         self._files, self._root = _connect(self.uri, options)
         self._kept: set[str] = set()  # what was fetched to be loaded
+        self._is_s3 = self.uri.startswith(_S3)
+        self._lanes = 1
+        if self._is_s3:
+            # Repeating and splitting is done here alone, where the patience is known: botocore and s3fs together would
+            # send every request up to 25 times and take minutes over it.
+            self._lanes, self._files.max_concurrency, self._files.retries = self._files.max_concurrency, 1, 1
 
     # --- reading
 
     def names(self) -> list[str]:
         """See Medium.names."""
         try:
-            found = self._ask(lambda: self._files.ls(self._root, detail=False, refresh=True))
+            found = self._ask("ls", self._root, detail=False, refresh=True)
         except FileNotFoundError:
             return []
         return [str(path).rpartition("/")[2] for path in found if str(path).rstrip("/") != self._root]
@@ -134,16 +157,16 @@ class Bucket:
 
     def read(self, name: str) -> bytes:
         """See Medium.read."""
-        return bytes(self._ask(lambda: self._files.cat_file(self._at(name))))
+        return bytes(self._ask("cat_file", self._at(name)))
 
     def examine(
         self, entry: FileEntry, *, committed: Callable[[], bool], keep: bool = False, reading: Reading | None = None
     ) -> Problem | None:
         """See Medium.examine; kept as a local file."""
         try:
-            problem = self._ask(lambda: self._download(entry, keep, reading))
+            problem = self._download(entry, keep, reading)
             if problem is not None:  # a second look before a mismatch is believed
-                problem = self._ask(lambda: self._download(entry, keep, reading))
+                problem = self._download(entry, keep, reading)
         except OSError as error:
             if not committed():
                 raise Vanished(entry.name) from error
@@ -170,19 +193,27 @@ class Bucket:
             return self._receive(entry, staged, reading)
 
     def _receive(self, entry: FileEntry, copy: BinaryIO, reading: Reading | None) -> str | None:
-        digest, size = hashlib.sha256(), 0
-        with self._files.open(self._at(entry.name), "rb", cache_type="readahead", block_size=_CHUNK_BYTES) as remote:
-            while chunk := remote.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
-                copy.write(chunk)
-                if reading is not None:
-                    reading(len(chunk))
+        """What is wrong with the object, once all of it has arrived. Raises OSError: to be cut short is no damage."""
+        size = self._size(entry.name)
         if size != entry.size:
             return f"{entry.name} has {size} bytes, its manifest says {entry.size}"
+        digest = hashlib.sha256()
+        for chunk in self._chunks(entry.name, size):
+            digest.update(chunk)
+            copy.write(chunk)
+            if reading is not None:
+                reading(len(chunk))
         if digest.hexdigest() != entry.sha256:
             return f"the content of {entry.name} does not match its hash"
         return None
+
+    def _chunks(self, name: str, size: int) -> Iterator[bytes]:
+        for start in range(0, size, _CHUNK_BYTES):
+            end = min(start + _CHUNK_BYTES, size)
+            yield self._ask("cat_file", self._at(name), start=start, end=end, length=end - start)
+
+    def _size(self, name: str) -> int:
+        return int(self._ask("info", self._at(name))["size"])
 
     def local(self, name: str) -> Path:
         """Where an examined data file can be loaded from."""
@@ -197,35 +228,27 @@ class Bucket:
     def create(self, name: str, data: bytes, *, note: Trace, mine: Callable[[bytes], bool]) -> bool:
         """See Medium.create; by If-None-Match."""
         note("fence-put")
-
-        def put() -> bool:
-            try:
-                self._files.pipe_file(self._at(name), data, mode="create")
-            except OSError as error:
-                if not _is_conflict(error):
-                    raise
-                return mine(self.read(name))  # our own request, whose answer got lost
-            return True
-
-        return self._ask(put)
+        try:
+            self._ask("pipe_file", self._at(name), data, mode="create")
+        except OSError as error:
+            if not _is_conflict(error):
+                raise
+            return mine(self.read(name))  # our own request, whose answer got lost
+        return True
 
     def replace(self, name: str, data: bytes) -> None:
         """See Medium.replace."""
-        self._ask(lambda: self._files.pipe_file(self._at(name), data))
+        self._ask("pipe_file", self._at(name), data)
 
     def replace_if(self, name: str, data: bytes, *, tag: str) -> bool:
         """Put a small object in the place of the one with that ETag; False when it is another by now."""
-
-        def put() -> bool:
-            try:
-                self._files.pipe_file(self._at(name), data, IfMatch=tag)
-            except OSError as error:
-                if not _is_conflict(error):
-                    raise
-                return False
-            return True
-
-        return self._ask(put)
+        try:
+            self._ask("pipe_file", self._at(name), data, IfMatch=tag)
+        except OSError as error:
+            if not _is_conflict(error):
+                raise
+            return False
+        return True
 
     def write_data(self, name: str, write: Callable[[BinaryIO], object], *, note: Trace) -> FileEntry:
         """See Medium.write_data: staged, then uploaded in parallel parts, each with a checksum."""
@@ -238,10 +261,55 @@ class Bucket:
                 note("data-write")
                 stream.fill(write)
             note("data-upload")
-            self._ask(lambda: self._files.put_file(str(staged), self._at(name)))
+            self._upload(staged, name, stream.size)
         finally:
             staged.unlink(missing_ok=True)
         return FileEntry(name, stream.size, stream.sha256)
+
+    def _upload(self, source: Path, name: str, size: int) -> None:
+        part = max(_CHUNK_BYTES, math.ceil(size / _MOST_PARTS))
+        if self._is_s3 and size > part:
+            self._upload_parts(source, name, range(0, size, part))
+        else:
+            self._ask("put_file", str(source), self._at(name))
+        there = self._size(name)
+        if there != size:
+            raise OSError(errno.EIO, f"{name} has {there} bytes after {size} were sent")
+
+    def _upload_parts(self, source: Path, name: str, starts: range) -> None:
+        bucket, key, _ = self._files.split_path(self._at(name))
+        target: dict[str, Any] = {"Bucket": bucket, "Key": key}
+        target["UploadId"] = self._ask("call_s3", "create_multipart_upload", **target)["UploadId"]
+
+        def send(number: int) -> dict[str, Any]:
+            # botocore adds a checksum that the store compares, unless storage_options forbid it.
+            body = os.pread(file.fileno(), starts.step, starts[number - 1])
+            answer = self._ask("call_s3", "upload_part", PartNumber=number, Body=body, **target)
+            return {"PartNumber": number, "ETag": answer["ETag"]}
+
+        try:
+            with source.open("rb") as file, ThreadPoolExecutor(self._lanes) as lanes:
+                sending = [lanes.submit(send, number) for number in range(1, len(starts) + 1)]
+                try:
+                    parts = [future.result() for future in sending]
+                except BaseException:
+                    lanes.shutdown(cancel_futures=True)
+                    raise
+            with suppress(FileNotFoundError):  # done already, and the answer got lost; the size will tell
+                self._ask("call_s3", "complete_multipart_upload", MultipartUpload={"Parts": parts}, **target)
+        except BaseException:
+            self._abort(target)
+            raise
+
+    def _abort(self, target: Mapping[str, Any]) -> bool:
+        try:
+            self._ask("call_s3", "abort_multipart_upload", **target)
+        except FileNotFoundError:
+            return False
+        except OSError as error:  # left to a later sweep
+            _log.warning("could not abort the upload of %s: %s", target["Key"], describe(error))
+            return False
+        return True
 
     def write_manifest(self, name: str, data: bytes, *, note: Trace) -> None:
         """See Medium.write_manifest. Its name is nobody else's: to send it twice changes nothing."""
@@ -257,7 +325,7 @@ class Bucket:
                 number += 1
                 target = f"{name}{CORRUPT_SUFFIX}.{number}"
             with suppress(FileNotFoundError):  # another reader was faster
-                self._ask(lambda a=name, b=target: self._files.cp_file(self._at(a), self._at(b)))  # type: ignore[misc]
+                self._ask("cp_file", self._at(name), self._at(target))
                 self.remove([name])
 
     def remove(self, names: Iterable[str]) -> list[str]:
@@ -265,7 +333,7 @@ class Bucket:
         removed = []
         for name in names:
             with suppress(FileNotFoundError):
-                self._ask(lambda n=name: self._files.rm_file(self._at(n)))  # type: ignore[misc]
+                self._ask("rm_file", self._at(name))
                 removed.append(name)
         return removed
 
@@ -301,7 +369,7 @@ class Bucket:
     def _tag(self, name: str) -> str | None:
         """ETag of an object, None without one; read before the content, so that a change in between is noticed."""
         try:
-            info = self._ask(lambda: self._files.info(self._at(name), refresh=True))
+            info = self._ask("info", self._at(name), refresh=True)
         except FileNotFoundError:
             return None
         return str(info.get("ETag", ""))
@@ -318,6 +386,33 @@ class Bucket:
         """Never: an upload that was not finished left no object."""
         return False
 
+    def abort_uploads(self, epoch: int) -> list[str]:
+        """See Medium.abort_uploads. A store that does not list them, or forbids to, is left as it is."""
+        if not self._is_s3:
+            return []
+        try:
+            return [name for name, target in self._uploads(epoch) if self._abort(target)]
+        except OSError as error:
+            # NoSuchUpload is what rclone says of a bucket that never had any.
+            unlisted = isinstance(error, (FileNotFoundError, PermissionError))
+            if not unlisted and error.errno not in (errno.ENOSYS, errno.EPERM):
+                raise
+            _log.debug("unfinished uploads in %s are not listed: %s", self.uri, describe(error))
+            return []
+
+    def _uploads(self, epoch: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Uploads that an attempt older than the one of that fence epoch began and did not finish."""
+        bucket, prefix, _ = self._files.split_path(self._at(""))
+        page: dict[str, Any] = {"IsTruncated": True}
+        while page.get("IsTruncated"):
+            markers = {f"{m}Marker": page[f"Next{m}Marker"] for m in ("Key", "UploadId") if page.get(f"Next{m}Marker")}
+            page = self._ask("call_s3", "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **markers)
+            for upload in page.get("Uploads", []):
+                file_name = str(upload["Key"]).removeprefix(prefix)
+                name = CheckpointName.parse(file_name, DATA_SUFFIX)
+                if name is not None and name.fence_epoch < epoch:
+                    yield file_name, {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+
     def failure(self, error: OSError, doing: str) -> CheckpointError:
         """See Medium.failure."""
         return CheckpointError(f"could not {doing} in {self.uri}: {describe(error)}", hint=_hint(error))
@@ -331,21 +426,41 @@ class Bucket:
         if free < size:
             raise OSError(errno.ENOSPC, f"{self.scratch} has {free} bytes free, {size} are needed")
 
-    def _ask(self, request: Callable[[], T]) -> T:
-        """One request, again until it is answered or patience ends. Raises OSError."""
+    def _ask(self, operation: str, *args: Any, length: int | None = None, **kwargs: Any) -> Any:
+        """One request, again until it is answered (with `length` bytes) or patience ends. Raises OSError."""
+        patience = self._patience_s()
+        began = time.monotonic()
+
+        def request() -> Any:
+            if self._files.async_impl:  # a server that accepts and never answers, or a byte at a time
+                kwargs["timeout"] = max(_LEAST_S, began + patience - time.monotonic())
+            answer = getattr(self._files, operation)(*args, **kwargs)
+            if length is not None and len(answer) != length:
+                raise OSError(errno.EIO, "the answer was cut short")
+            return answer
+
         retrying = tenacity.Retrying(
-            stop=tenacity.stop_after_delay(self._patience_s()),
+            stop=tenacity.stop_before_delay(patience),
             wait=tenacity.wait_random_exponential(multiplier=0.1, max=5.0),
             retry=tenacity.retry_if_exception(_is_transient),
+            before_sleep=self._renew_credentials,
             sleep=self._sleep,
             reraise=True,
         )
         try:
             return retrying(request)
-        except OSError:
-            raise
         except Exception as error:
-            raise OSError(errno.EIO, f"{type(error).__name__}: {error}") from error
+            if isinstance(error, OSError) and not _is_transient(error):
+                raise
+            tries = retrying.statistics.get("attempt_number", 1)
+            effort = f"gave up after {time.monotonic() - began:.0f} s and {tries} {'try' if tries == 1 else 'tries'}"
+            raise _given_up(error, effort) from error
+
+    def _renew_credentials(self, state: tenacity.RetryCallState) -> None:
+        """A new session reads the profile and the environment again: somebody may have renewed them there."""
+        error = state.outcome.exception() if state.outcome else None
+        if self._is_s3 and error is not None and _code_of(error) in (*_EXPIRED, _MUTE):
+            self._files.connect(refresh=True)
 
 
 def _connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
@@ -353,6 +468,8 @@ def _connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     import fsspec
 
     try:
+        if url.startswith(_S3):
+            options = {**options, "config_kwargs": {**_ONE_TRY, **options.get("config_kwargs", {})}}
         files, root = fsspec.url_to_fs(url, **options)
     except ImportError as error:
         raise CheckpointError(
@@ -381,18 +498,30 @@ def _is_conflict(error: OSError) -> bool:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: busy, broken or late, or credentials that were just renewed."""
-    if not isinstance(error, Exception):
-        return False
+    """Whether the same request may succeed later: busy, broken or late, or credentials that are being renewed."""
+    if _code_of(error) in (*_EXPIRED, _MUTE, *_TRANSIENT_CODES):
+        return True
     if isinstance(error, OSError):
-        if isinstance(error, (FileNotFoundError, FileExistsError)) or _code_of(error) in _CONFLICTS:
-            return False
-        return _code_of(error) in _EXPIRED or error.errno is None or error.errno in _TRANSIENT
+        refused = isinstance(error, (FileNotFoundError, FileExistsError, PermissionError))
+        return not refused and not _is_conflict(error) and (error.errno is None or error.errno in _TRANSIENT)
     module = type(error).__module__.partition(".")[0]
-    return module in ("botocore", "aiobotocore", "aiohttp", "fsspec", "urllib3")
+    return isinstance(error, Exception) and module in ("botocore", "aiobotocore", "aiohttp", "fsspec", "urllib3")
+
+
+def _given_up(error: Exception, effort: str) -> OSError:
+    """The last of many failures, with its cause in words; s3fs leaves some of them empty."""
+    if _code_of(error) in _EXPIRED:
+        return OSError(errno.EKEYEXPIRED, f"the credentials were refused as expired: {error} ({effort})")
+    if isinstance(error, TimeoutError):
+        return OSError(errno.ETIMEDOUT, f"no answer in time ({effort})")
+    if isinstance(error, OSError):
+        return OSError(error.errno or errno.EIO, f"{error.strerror or error} ({effort})")
+    return OSError(errno.EIO, f"{type(error).__name__}: {error} ({effort})")
 
 
 def _hint(error: OSError) -> str:
+    if error.errno == errno.EKEYEXPIRED:
+        return "renew the credentials (a profile is read again at every try); the previous checkpoint stands"
     if isinstance(error, PermissionError):
         return "check the credentials, and what they may do there; the previous checkpoint stands"
     if isinstance(error, FileNotFoundError):

@@ -242,6 +242,10 @@ class Directory:
             return (parse_fence_name(match["final"]) or 0) <= epoch
         return False
 
+    def abort_uploads(self, epoch: int) -> list[str]:
+        """Nothing: what was not finished is a temporary file."""
+        return []
+
     def failure(self, error: OSError, doing: str) -> CheckpointError:
         """See Medium.failure."""
         return CheckpointError(

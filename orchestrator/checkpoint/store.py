@@ -740,6 +740,7 @@ class Store:
 
     def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
         """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
+        self.medium.abort_uploads(fence.epoch)
         there = set(self.medium.names())  # some of `names` have just been removed
         left = (name for name in names if name in there and self._is_leftover(name, fence.epoch, there))
         return self.medium.remove(left)

@@ -8,6 +8,7 @@ from this small process because importing Python anew for every kill would be mo
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import resource
@@ -90,6 +91,8 @@ def attempt_main(order: dict[str, Any], saved_fd: int) -> int:
 def main() -> None:
     for line in sys.stdin:
         order = json.loads(line)
+        if "bucket" in order:
+            importlib.import_module("s3fs")  # here, once, instead of in every attempt; it starts no thread yet
         pid = os.fork()
         if pid == 0:
             os._exit(attempt_main(order, sys.stdout.fileno()))
