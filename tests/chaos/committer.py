@@ -7,6 +7,7 @@ from this small process because importing Python anew for every kill would be mo
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import json
@@ -69,6 +70,8 @@ def attempt_main(order: dict[str, Any], saved_fd: int) -> int:
             trace("data-piece")
 
     store = open_store(order)
+    # take_over() traces nothing: what it does is the store's own affair.
+    store.open_epoch = functools.partial(store.open_epoch, trace=trace)  # type: ignore[method-assign]
     try:
         trace("start")
         found, fence = take_over(store, attempt=attempt)

@@ -1,16 +1,18 @@
 """Attempts killed, stopped and starved at every point of a save: the newest committed checkpoint always loads.
 
-`ORCH_CHAOS_KILLS` and `ORCH_CHAOS_RACES` set how many (the defaults take about fifteen seconds on two cores).
+`ORCH_CHAOS_KILLS` and `ORCH_CHAOS_RACES` set how many. A process reads
+`last.ckpt` a thousand times a second all the while.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import random
 import signal
 import subprocess
-import threading
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +50,7 @@ COMMIT_POINTS = [
     "check-last",
     "saved",
 ]
+CLAIM_POINTS = ["fence-directory", "fence-create", "fence-link", "fence-check"]
 GARBAGE_POINTS = ["gc-verify", "gc-unlink-manifest", "gc-dirsync", "gc-unlink-data", "gc-sweep", "collected"]
 
 
@@ -58,36 +61,21 @@ def nursery() -> Iterator[Nursery]:
 
 
 @contextmanager
-def polled(directory: Path) -> Iterator[list[int]]:
-    """Read `last.ckpt` as fast as possible meanwhile; yields the steps seen. Only whole checkpoints may be seen."""
-    seen: list[int] = []
-    torn: list[str] = []
-    done = threading.Event()
-
-    def poll() -> None:
-        pointer = directory / "last.ckpt"
-        while not done.wait(0.0005):
-            try:
-                target = pointer.readlink()
-            except FileNotFoundError:
-                if seen:
-                    torn.append("no pointer, though there had been one")
-                continue
-            try:
-                seen.append(committer.parse_content((directory / target).read_bytes())[0])
-            except FileNotFoundError:
-                continue  # swapped and collected between two system calls
-            except ValueError as error:
-                torn.append(str(error))
-
-    reader = threading.Thread(target=poll)
-    reader.start()
-    try:
-        yield seen
-    finally:
-        done.set()
-        reader.join()
-    assert torn == []
+def polled(directory: Path) -> Iterator[None]:
+    """Meanwhile a process reads `last.ckpt` a thousand times a second; only whole checkpoints may be seen."""
+    command = [sys.executable, str(Path(__file__).with_name("reader.py")), str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as reader:
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "reading\n"
+        try:
+            yield
+        finally:
+            output, _ = reader.communicate(timeout=DEADLINE_S)
+    seen = json.loads(output)
+    assert seen["torn"] == []
+    assert seen["steps"] == sorted(seen["steps"])
+    assert len(seen["steps"]) > 1
+    assert seen["polls"] > 800 * seen["seconds"]
 
 
 def load(result: Found) -> int:
@@ -113,14 +101,14 @@ def assert_tidy(store: PosixStore, fence: Fence) -> None:
 
 def kill_plan(count: int) -> Iterator[dict[str, Any]]:
     """Orders for attempts to be killed: every instrumented point in turn, every third one at a random time."""
-    points = itertools.cycle(["start", "started", *COMMIT_POINTS, *GARBAGE_POINTS])
+    points = itertools.cycle(["start", *CLAIM_POINTS, "started", *COMMIT_POINTS, *GARBAGE_POINTS])
     chance = random.Random(count)
     for n in range(count):
         if n % 3 == 2:
             yield {"after_s": chance.uniform(0, 0.06)}
         else:
             point = next(points)
-            nth = 1 if point in ("start", "started") else chance.choice([1, 1, 2, 3])
+            nth = 1 if point in ("start", "started", *CLAIM_POINTS) else chance.choice([1, 1, 2, 3])
             yield {"at": point, "nth": nth, "signal": "SIGKILL"}
 
 
@@ -132,7 +120,7 @@ def test_kills_at_every_point_and_at_any_time(nursery: Nursery, tmp_path: Path) 
 
 def kill_attempts_of_one_run(nursery: Nursery, directory: Path, plan: list[dict[str, Any]]) -> None:
     acknowledged, killed = 0, 0
-    with polled(directory) as seen:
+    with polled(directory):
         for attempt, order in enumerate(plan):
             after_s = order.pop("after_s", None)
             child = nursery.start(directory, attempt, **order)
@@ -151,7 +139,6 @@ def kill_attempts_of_one_run(nursery: Nursery, directory: Path, plan: list[dict[
             assert not result or result.skipped == ()  # a kill is not damage
             acknowledged = newest
     assert killed == len(plan)
-    assert len(seen) > killed
     store = PosixStore(directory)
     result, fence = take_over(store, attempt=killed)
     newest = result.manifest.step if result else 0
