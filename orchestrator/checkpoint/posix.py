@@ -106,7 +106,8 @@ class Directory:
             except OSError as error:
                 if not committed():
                     raise Vanished(entry.name) from error
-                gone = error.errno in _VANISHING
+                # Of a name that is still listed, "no such file" says that a server is not well: that is no damage.
+                gone = error.errno == errno.ENOENT and entry.name not in self.names()
                 problem = Problem(f"{entry.name} is missing" if gone else describe(error), certain=gone)
             else:
                 problem = None if words is None else Problem(words, certain=True)
