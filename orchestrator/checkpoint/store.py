@@ -724,7 +724,10 @@ class Store:
             problem = self._verify(manifest)
         except Vanished as error:
             self._require_ownership(fence)
-            raise CheckpointError(f"{manifest.name.manifest} was removed by somebody else") from error
+            raise CheckpointError(
+                f"{manifest.name.manifest} was removed by somebody else",
+                hint=f"nothing was removed by orch; find out who else removes files in {self.uri}",
+            ) from error
         self._require_ownership(fence)  # reading back takes long enough for a newer attempt to start
         return problem
 
