@@ -57,6 +57,7 @@ _TRANSIENT_CODES = (
 )
 _CONFLICTS = ("PreconditionFailed", "412")
 _EXPIRED = ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired")
+_MISCONFIGURED = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "ParamValidationError")
 _MUTE = "400"  # all that HEAD, whose answers have no body, can say of expired credentials
 PATIENCE_S = 60.0
 _LEAST_S = 5.0  # for one request, however little patience is left: 0 would never succeed
@@ -393,10 +394,8 @@ class Bucket:
         try:
             return [name for name, target in self._uploads(epoch) if self._abort(target)]
         except OSError as error:
-            # NoSuchUpload is what rclone says of a bucket that never had any.
-            unlisted = isinstance(error, (FileNotFoundError, PermissionError))
-            if not unlisted and error.errno not in (errno.ENOSYS, errno.EPERM):
-                raise
+            # Forbidden, not implemented or, from rclone, NoSuchUpload of a bucket that never had any: the collection
+            # goes on.
             _log.debug("unfinished uploads in %s are not listed: %s", self.uri, describe(error))
             return []
 
@@ -504,6 +503,8 @@ def _is_transient(error: BaseException) -> bool:
     if isinstance(error, OSError):
         refused = isinstance(error, (FileNotFoundError, FileExistsError, PermissionError))
         return not refused and not _is_conflict(error) and (error.errno is None or error.errno in _TRANSIENT)
+    if type(error).__name__ in _MISCONFIGURED:
+        return False
     module = type(error).__module__.partition(".")[0]
     return isinstance(error, Exception) and module in ("botocore", "aiobotocore", "aiohttp", "fsspec", "urllib3")
 
@@ -514,6 +515,8 @@ def _given_up(error: Exception, effort: str) -> OSError:
         return OSError(errno.EKEYEXPIRED, f"the credentials were refused as expired: {error} ({effort})")
     if isinstance(error, TimeoutError):
         return OSError(errno.ETIMEDOUT, f"no answer in time ({effort})")
+    if type(error).__name__ in _MISCONFIGURED:
+        return PermissionError(errno.EACCES, f"{type(error).__name__}: {error}")
     if isinstance(error, OSError):
         return OSError(error.errno or errno.EIO, f"{error.strerror or error} ({effort})")
     return OSError(errno.EIO, f"{type(error).__name__}: {error} ({effort})")

@@ -215,6 +215,21 @@ def test_downloads_that_are_always_cut_short_are_no_damage(proxy: Proxy, run: Ru
     assert run.newest() == 1
 
 
+def test_missing_credentials_are_told_at_once(
+    proxy: Proxy, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    pauses: list[float] = []
+    run.wait = pauses.append  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="NoCredentialsError") as caught:
+        run.store(key=None, secret=None).find()
+    assert "check the credentials" in (caught.value.hint or "")
+    assert (proxy.requests, pauses) == ([], [])
+
+
 def test_credentials_that_are_renewed_meanwhile(
     proxy: Proxy, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

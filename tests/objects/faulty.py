@@ -57,6 +57,7 @@ class Proxy:
     decide: Decide = lambda request: None
     requests: list[str] = field(default_factory=list)  # "METHOD target"
     injected: Counter[str] = field(default_factory=Counter)
+    busy: set[asyncio.Task[None] | None] = field(default_factory=set)  # asyncio forgets a task whose client has gone
 
 
 def randomly(rate: float, seed: int, kinds: tuple[str, ...] = FAULTS) -> Decide:
@@ -104,6 +105,8 @@ def _serve(loop: asyncio.AbstractEventLoop, listener: socket.socket, proxy: Prox
 
 
 async def _connection(proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    task = asyncio.current_task()
+    proxy.busy.add(task)
     try:
         with suppress(ConnectionError, asyncio.IncompleteReadError):  # the client gave up or was done
             request = await _receive(reader, writer)
@@ -112,6 +115,7 @@ async def _connection(proxy: Proxy, reader: asyncio.StreamReader, writer: asynci
             proxy.injected[fault or "none"] += 1
             await _answer(proxy, request, fault, writer)
     finally:
+        proxy.busy.discard(task)
         writer.close()
 
 
