@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 import tenacity
 
-from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, DATA_SUFFIX, CheckpointName, FileEntry
+from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, CheckpointName, FileEntry
 from orchestrator.checkpoint.medium import Problem, Vanished
 from orchestrator.checkpoint.posix import Directory
 from orchestrator.checkpoint.protocol import Reading, Trace
@@ -408,7 +408,7 @@ class Bucket:
             page = self._ask("call_s3", "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **markers)
             for upload in page.get("Uploads", []):
                 file_name = str(upload["Key"]).removeprefix(prefix)
-                name = CheckpointName.parse(file_name, DATA_SUFFIX)
+                name = CheckpointName.of(file_name)
                 if name is not None and name.fence_epoch < epoch:
                     yield file_name, {"Bucket": bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
 
