@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.spec import json_schema
-from orchestrator.spec.models import RESERVED_CHECKPOINT_KEYS, RESERVED_TOP_KEYS
+from orchestrator.spec.models import RESERVED_TOP_KEYS
 from orchestrator.spec.sbatch_options import OWNED
 from orchestrator.spec.units import Duration, Memory, WallTime
 
@@ -69,10 +69,9 @@ def reference() -> str:
     """The text of spec.md."""
     schema = json_schema()
     units = {"size": Memory.allowed, "time": WallTime.allowed, "duration": Duration.allowed}
-    later = [*RESERVED_TOP_KEYS, *(f"checkpoint.{key}" for key in RESERVED_CHECKPOINT_KEYS)]
     head = HEAD.format(
         units="".join(f"\n  - {name}: {allowed}" for name, allowed in units.items()),
-        later=", ".join(f"`{key}`" for key in later),
+        later=", ".join(f"`{key}`" for key in RESERVED_TOP_KEYS),
     )
     sections = {
         name: schema["$defs"][reference_of(field)]

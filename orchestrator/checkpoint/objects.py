@@ -147,7 +147,7 @@ class Bucket:
     def sizes(self) -> dict[str, int]:
         """See Medium.sizes."""
         try:
-            found = self._ask(lambda: self._files.ls(self._root, detail=True, refresh=True))
+            found = self._ask("ls", self._root, detail=True, refresh=True)
         except FileNotFoundError:
             return {}
         return {
@@ -179,13 +179,7 @@ class Bucket:
 
     def fetch(self, entry: FileEntry, copy: BinaryIO, *, reading: Reading | None) -> str | None:
         """See Medium.fetch."""
-
-        def receive() -> str | None:
-            copy.seek(0)  # an earlier try may have come some way
-            copy.truncate()
-            return self._receive(entry, copy, reading)
-
-        return self._ask(receive)
+        return self._receive(entry, copy, reading)
 
     def _download(self, entry: FileEntry, keep: bool, reading: Reading | None) -> str | None:
         if keep:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.errors import SpecError
-from orchestrator.spec.models import ARGUMENT_NAME, ENV_NAME, RESERVED_CHECKPOINT_KEYS, RESERVED_TOP_KEYS, JobSpec
+from orchestrator.spec.models import ARGUMENT_NAME, ENV_NAME, RESERVED_TOP_KEYS, JobSpec
 from orchestrator.spec.problems import KeyPath, Place, Problem, Refusal, did_you_mean, error_of, kind_of, shown
 from orchestrator.spec.reader import Document, parse_yaml, read_yaml
 from orchestrator.spec.site import SiteProfile, resolve_root
@@ -346,8 +346,6 @@ def _unknown_key(path: KeyPath) -> str:
     key = str(path[-1])
     if len(path) == 1 and key in RESERVED_TOP_KEYS:
         return "comes in a later version; leave it out"
-    if path[:-1] == ("checkpoint",) and key in RESERVED_CHECKPOINT_KEYS:
-        return "is reserved for a later version; leave it out"
     model = _model_at(path[:-1])
     known = _keys(model) if model else []
     homes = [f"{section}.{key}" if section else key for section, fields in _all_fields().items() if key in fields]

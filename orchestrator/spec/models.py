@@ -595,9 +595,6 @@ def _path_of_file_url(url: str) -> str:
     return unquote(parts.path)
 
 
-RESERVED_CHECKPOINT_KEYS = ()
-
-
 class Preemption(_Section):
     """How the job is told to stop, and how often it may come back."""
 
