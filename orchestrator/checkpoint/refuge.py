@@ -7,7 +7,7 @@ it counts is decided there, by the lineage rule, as for every other checkpoint. 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,25 +41,42 @@ class Refuge:
             raise self.store.medium.failure(error, "make the directory for an emergency save") from error
         return self.store
 
-    def bring_to(self, store: CheckpointStore, *, reading: Reading | None = None) -> Iterator[Brought]:
-        """Publish the newest usable one in `store`. Older ones would change nothing. Raises CheckpointError."""
+    def bring_to(
+        self, store: CheckpointStore, *, reading: Callable[[int, int], None] | None = None
+    ) -> Iterator[Brought]:
+        """Publish the newest usable one in `store`; older ones would change nothing. Raises CheckpointError.
+
+        `reading` is called with the number of bytes just copied, and how many there are.
+        """
         for manifest in self.store.manifests():
             problem = self.store.verify(manifest)
             if problem is not None:
                 self._damaged.add(manifest.name)
-            published = problem is None and store.adopt(manifest, self.store.medium, reading=reading)
+            published = problem is None and store.adopt(manifest, self.store.medium, reading=_of(manifest, reading))
             yield Brought(manifest, published, problem)
             if published:
                 return
+
+    def forget(self, published: Manifest) -> list[str]:
+        """Remove the save that was published and verified, and those it has overtaken; returns the names."""
+        return self._discard([m.name for m in self.store.manifests() if m.rank <= published.rank])
 
     def clear(self, fence: Fence) -> list[str]:
         """Remove what earlier attempts left, when the attempt of `fence` has a verified base; returns the names.
 
         What was brought in is that base or older, and everything beyond it is dead from now on. Damaged ones stay.
         """
-        names = self.store.medium.names()
-        saves = [name for n in names if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
-        old = [name for name in saves if name.fence_epoch < fence.epoch and name not in self._damaged]
-        if saves and len(old) == len(saves):
+        old = [name for name in self._saves() if name.fence_epoch < fence.epoch and name not in self._damaged]
+        return self._discard(old)
+
+    def _saves(self) -> list[CheckpointName]:
+        return [name for n in self.store.medium.names() if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
+
+    def _discard(self, names: Sequence[CheckpointName]) -> list[str]:
+        if names and len(names) == len(self._saves()):
             self.store.medium.remove([POINTER])  # else it would name nothing
-        return self.store.discard(old)
+        return self.store.discard(names)
+
+
+def _of(manifest: Manifest, reading: Callable[[int, int], None] | None) -> Reading | None:
+    return None if reading is None else lambda count: reading(count, manifest.size_bytes)

@@ -76,6 +76,16 @@ def pull(run: str, directory: Path, step: int | None, root: Path | None, as_json
         out.line(f"step {count(result.step)}, {size(result.size_bytes)}, verified: {result.path}")
 
 
+def push(run: str, root: Path | None, as_json: bool) -> None:
+    result = operations.push_checkpoint(run, root=root, reading=out.Bar("uploading"))
+    if as_json:
+        out.json_document(result.as_json())
+    elif result.step is None:
+        out.line("nothing to push: no emergency save waits in the run directory")
+    else:
+        out.line(f"step {count(result.step)}, {size(result.size_bytes)}, verified: {result.path}")
+
+
 def gc(run: str, dry_run: bool, root: Path | None, as_json: bool) -> None:
     result = operations.collect_checkpoints(run, dry_run=dry_run, root=root)
     if as_json:

@@ -306,6 +306,14 @@ def ckpt_pull(
     checkpoints.pull(run, directory, step, root, as_json)
 
 
+@ckpt_app.command("push")
+def ckpt_push(run: Run, root: Root = None, as_json: Json = False) -> None:
+    """Bring a save that had no time for the object store there; the next attempt would do it, too."""
+    from orchestrator.cli import checkpoints
+
+    checkpoints.push(run, root, as_json)
+
+
 @ckpt_app.command("gc")
 def ckpt_gc(
     run: Run,

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         collect_checkpoints,
         list_checkpoints,
         pull_checkpoint,
+        push_checkpoint,
         rollback,
         verify_checkpoints,
     )
@@ -34,6 +35,7 @@ _HOMES = {
         "collect_checkpoints",
         "list_checkpoints",
         "pull_checkpoint",
+        "push_checkpoint",
         "rollback",
         "verify_checkpoints",
     ),
@@ -61,6 +63,7 @@ __all__ = [
     "preempt",
     "ps",
     "pull_checkpoint",
+    "push_checkpoint",
     "resume",
     "resume_all",
     "rollback",

@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.backends import open_backend
 from orchestrator.checkpoint import CheckpointStore, Listed, Manifest, Refuge, Retention, open_store, take_over
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, RefusedError
 from orchestrator.operations.describe import OpenBackend
 from orchestrator.operations.record import Record, agent_plan, load_record
-from orchestrator.operations.results import Collected, Pulled, RolledBack, StoredCheckpoint
+from orchestrator.operations.results import Collected, Pulled, Pushed, RolledBack, StoredCheckpoint
 from orchestrator.operations.roots import find_run
 from orchestrator.operations.submission import ask_or_raise, reconcile, run_lock, translated
 from orchestrator.paths import RunPaths, parse_url
@@ -47,8 +47,19 @@ def open_run_store(paths: RunPaths) -> CheckpointStore:
 
 def list_checkpoints(run: str, *, root: str | Path | None = None) -> list[StoredCheckpoint]:
     """Every committed checkpoint, newest first. `valid`: live, with a readable manifest, and files of the right size;
-    their bytes are not read. Changes nothing."""
-    return [_described(listed) for listed in open_run_store(find_run(run, root)).inventory()]
+    their bytes are not read. With an object store, emergency saves that are still in the run directory are among them.
+    Changes nothing."""
+    paths = find_run(run, root)
+    store = open_run_store(paths)
+    refuge = _refuge(store, paths)
+    waiting = [] if refuge is None else refuge.store.inventory()
+    found = sorted([*store.inventory(), *waiting], key=lambda listed: listed.name, reverse=True)
+    return [_described(listed) for listed in found]
+
+
+def _refuge(store: CheckpointStore, paths: RunPaths) -> Refuge | None:
+    """Where emergency saves wait; None for a run whose checkpoints are on a disk anyway."""
+    return None if parse_url(store.uri) is None else Refuge(paths.checkpoints)
 
 
 def verify_checkpoints(
@@ -128,6 +139,53 @@ def pull_checkpoint(
     return Pulled(paths.run_dir.name, manifest.step, path, path.parent / manifest.name.manifest, total, manifest.sha256)
 
 
+def push_checkpoint(
+    run: str,
+    *,
+    root: str | Path | None = None,
+    reading: Reading = lambda count, total: None,
+    open_backend: OpenBackend = open_backend,
+) -> Pushed:
+    """Bring the newest emergency save from the run directory to the object store, as the next attempt would.
+
+    The local copy goes once the one in the store was read back. Raises RefusedError while the run is alive and where
+    there is no object store, CheckpointCorrupt when what was saved is damaged.
+    """
+    paths = find_run(run, root)
+    store = open_run_store(paths)
+    refuge = _refuge(store, paths)
+    if refuge is None:
+        raise RefusedError(
+            f"{paths.run_dir.name} keeps its checkpoints on disk, in {store.uri}: there is nowhere to push them",
+            hint="`orch ckpt pull` copies one to another directory",
+        )
+    with translated(paths.run_dir):
+        record = _at_rest(paths, open_backend, "push")
+        brought = list(refuge.bring_to(store, reading=reading))
+        published = next((one.manifest for one in brought if one.published), None)
+        if published is None:
+            if damaged := [one for one in brought if one.problem is not None]:
+                raise CheckpointCorrupt(
+                    f"the emergency save of step {count(damaged[0].manifest.step)} is damaged: {damaged[0].problem}",
+                    hint=f"{store.uri} was not changed; the run goes on from what is there",
+                )
+            return Pushed(record.run_id, None, None, 0)
+        location = f"{store.uri}/{published.name.data}"
+        if problem := store.verify(published):
+            raise CheckpointCorrupt(
+                f"{location} does not read back: {problem}", hint=f"the copy in {paths.checkpoints} was kept"
+            )
+        refuge.forget(published)
+        EventLog(paths, "login").append("action", action="pushed", step=published.step, path=location, by=_user())
+    return Pushed(record.run_id, published.step, location, published.size_bytes)
+
+
+def _bring_in(store: CheckpointStore, paths: RunPaths) -> None:
+    refuge = _refuge(store, paths)
+    if refuge is not None:
+        list(refuge.bring_to(store))
+
+
 # --- removing
 
 
@@ -149,8 +207,7 @@ def collect_checkpoints(
         if dry_run or not before:
             removed = store.garbage(**rules)
         else:
-            if store.uri != str(paths.checkpoints):  # else an emergency save would be older than the epoch, and dead
-                list(Refuge(paths.checkpoints).bring_to(store))
+            _bring_in(store, paths)  # the epoch opened here would make it dead
             _, fence = take_over(store, attempt=_last_attempt(store, record))
             removed = store.collect_garbage(fence, **rules)
             EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))
@@ -171,7 +228,7 @@ def _last_attempt(store: CheckpointStore, record: Record) -> int:
     return owner.attempt if owner is not None else record.last_attempt or 0
 
 
-def _at_rest(paths: RunPaths, open_backend: OpenBackend, verb: str) -> Record:
+def _at_rest(paths: RunPaths, open_backend: OpenBackend, verb: Literal["collect", "push", "rollback"]) -> Record:
     """The record of a run that is neither running nor queued. Raises RefusedError, SchedulerUnavailable."""
     record = load_record(paths)
     if record.interrupted:
@@ -180,9 +237,11 @@ def _at_rest(paths: RunPaths, open_backend: OpenBackend, verb: str) -> Record:
     if standing is not None and standing.alive:
         raise RefusedError(
             f"{record.run_id} is {spoken(standing.state.value)}: its checkpoints belong to its attempt",
-            hint=f"stop it first (it saves once more):  orch cancel {record.run_id}"
-            if verb == "rollback"
-            else "it removes by itself what is not wanted, after every save",
+            hint={
+                "rollback": f"stop it first (it saves once more):  orch cancel {record.run_id}",
+                "push": "it brings emergency saves in by itself, when it starts",
+                "collect": "it removes by itself what is not wanted, after every save",
+            }[verb],
         )
     return record
 
@@ -213,6 +272,7 @@ def rollback(
     store = open_run_store(paths)
     with translated(paths.run_dir):
         _may_go_back(paths, open_backend)
+        _bring_in(store, paths)  # so that it counts among what is given up
         manifest = _choose(store, step)
         total = manifest.size_bytes
         problem = store.verify(manifest, reading=lambda count: reading(count, total))

@@ -307,6 +307,19 @@ class Pulled:
 
 
 @dataclass(frozen=True)
+class Pushed:
+    """The emergency save that is in the object store now; `step` None = there was none to bring in."""
+
+    run_id: str
+    step: int | None
+    path: str | None
+    size_bytes: int
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Collected:
     """What `ckpt gc` has removed (would remove, with `dry_run`), and the steps that are left, newest first."""
 

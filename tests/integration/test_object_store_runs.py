@@ -16,6 +16,7 @@ import torch
 
 from orchestrator import operations
 from orchestrator.checkpoint import Refuge, open_store, take_over
+from orchestrator.errors import CheckpointCorrupt
 from orchestrator.integrations.torch import agree, resume_path
 from orchestrator.operations.checkpoints import open_run_store
 from orchestrator.paths import RunPaths
@@ -209,9 +210,10 @@ def test_a_person_looks_after_checkpoints_in_a_bucket(
 
     listed = operations.list_checkpoints(run)
     assert [(entry.step, entry.valid, entry.size_bytes) for entry in listed] == [
-        (step, True, len(CONTENT)) for step in (30, 20, 10)
+        (step, True, len(CONTENT)) for step in (34, 30, 20, 10)
     ]
-    assert listed[0].path.startswith(f"{remote.url}/step-000000030.")
+    assert listed[0].path.startswith(f"{remote.run_dir}/checkpoints/step-000000034.")
+    assert listed[1].path.startswith(f"{remote.url}/step-000000030.")
     assert all(entry.valid for entry in operations.verify_checkpoints(run))
     copy = operations.pull_checkpoint(run, tmp_path / "copy", step=20)
     assert copy.path.read_bytes() == CONTENT
@@ -223,6 +225,43 @@ def test_a_person_looks_after_checkpoints_in_a_bucket(
     result, _ = take_over(open_run_store(RunPaths(remote.run_dir)), attempt=1)
     assert result is not None
     assert result.manifest.step == 30
+
+
+def test_a_save_that_had_no_time_for_the_bucket_is_pushed_by_hand(
+    remote: Remote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in remote.variables.items():
+        monkeypatch.setenv(name, value)
+    run = str(remote.run_dir)
+    store = open_run_store(RunPaths(remote.run_dir))
+    _, fence = take_over(store, attempt=0)
+    store.commit(fence, lambda file: file.write(CONTENT), step=10, epoch=0, world_size=1)
+    assert operations.push_checkpoint(run).step is None
+    refuge = Refuge(RunPaths(remote.run_dir).checkpoints)
+    for step in (17, 18):
+        manifest = refuge.open().commit(fence, lambda file: file.write(CONTENT), step=step, epoch=0, world_size=1)
+    read: list[int] = []
+    pushed = operations.push_checkpoint(run, reading=lambda count, total: read.append(count))
+    assert (pushed.step, pushed.path, pushed.size_bytes) == (18, f"{remote.url}/{manifest.name.data}", len(CONTENT))
+    assert sum(read) == len(CONTENT)
+    assert remote.on_disk() == []
+    result, _ = take_over(open_run_store(RunPaths(remote.run_dir)), attempt=1)
+    assert result is not None
+    assert result.manifest.step == 18
+    assert operations.push_checkpoint(run).step is None
+
+
+def test_a_damaged_save_is_not_pushed(remote: Remote, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in remote.variables.items():
+        monkeypatch.setenv(name, value)
+    _, fence = take_over(open_run_store(RunPaths(remote.run_dir)), attempt=0)
+    directory = RunPaths(remote.run_dir).checkpoints
+    manifest = Refuge(directory).open().commit(fence, lambda file: file.write(CONTENT), step=17, epoch=0, world_size=1)
+    (directory / manifest.name.data).write_bytes(b"short")
+    with pytest.raises(CheckpointCorrupt, match="step 17 is damaged"):
+        operations.push_checkpoint(str(remote.run_dir))
+    assert manifest.name.data in remote.on_disk()
+    assert manifest.name.manifest not in remote.names()
 
 
 def test_a_weak_store_is_named_once_an_attempt(remote: Remote) -> None:

@@ -42,7 +42,7 @@ COMMANDS = [
     "image",
     "ckpt",
 ]
-CKPT = ["ls", "verify", "pull", "gc", "rollback"]
+CKPT = ["ls", "verify", "pull", "push", "gc", "rollback"]
 
 
 def test_help_lists_every_command(cli: Cli) -> None:

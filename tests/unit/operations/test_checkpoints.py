@@ -240,3 +240,12 @@ def test_back_and_back_again(world: World) -> None:
     found, _ = take_over(open_run_store(world.paths(run)), attempt=1)
     assert found is not None
     assert found.manifest.step == 10
+
+
+# --- pushing
+
+
+def test_there_is_nowhere_to_push_checkpoints_that_are_on_disk(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    with pytest.raises(RefusedError, match="nowhere to push"):
+        operations.push_checkpoint(place(world, run), open_backend=world.backend.open)
