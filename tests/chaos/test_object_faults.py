@@ -168,19 +168,21 @@ def test_a_request_that_was_done_though_its_answer_got_lost(
 def test_the_end_of_patience_is_one_clear_error(
     proxy: Proxy, run: Run, monkeypatch: pytest.MonkeyPatch, kind: str, cause: str
 ) -> None:
-    monkeypatch.setattr(objects, "_LEAST_S", 1.0)
+    # Where it is the answer that is bad, a busy machine must have the time to give it.
+    patience_s = 1.0 if kind in (HANG, TRICKLE) else 2.5
+    monkeypatch.setattr(objects, "_LEAST_S", patience_s)
     store = run.store()
     _, fence = take_over(store, attempt=0)
     save(store, fence, 1)
-    proxy.decide, run.patience_s = always(kind), 1.0
+    proxy.decide, run.patience_s = always(kind), patience_s
     for action in (lambda: save(store, fence, 2), lambda: take_over(store, attempt=1), store.find):
         before, began = len(proxy.requests), time.monotonic()
         with pytest.raises(CheckpointError, match=cause) as caught:
             action()
         assert "gave up after" in caught.value.message
         assert caught.value.hint
-        assert time.monotonic() - began < 10  # patience, one last request, and a slow machine
-        assert 1 <= len(proxy.requests) - before < 40
+        assert time.monotonic() - began < 10 * patience_s  # upload, taking it back, asking who owns the run
+        assert 1 <= len(proxy.requests) - before < 100
     proxy.decide, run.patience_s = lambda request: None, 60.0
     assert run.newest() == 1
     save(store, fence, 2)
