@@ -64,6 +64,10 @@ class Medium(Protocol):
         """Make a file of what `write` writes, hashed on its way. What `write` raises itself passes through."""
         ...
 
+    def put(self, name: str, source: Path, *, reading: Reading | None) -> None:
+        """Make a file with the content of a local one."""
+        ...
+
     def write_manifest(self, name: str, data: bytes, *, note: Trace) -> None:
         """Make the commit visible."""
         ...

@@ -127,6 +127,7 @@ class Bucket:
         options = {"use_listings_cache": False, "skip_instance_cache": True, **storage_options}
         self._files, self._root = _connect(self.uri, options)
         self._kept: set[str] = set()  # what was fetched to be loaded
+        self._largest = 0  # bytes of the largest file that was here
         self._is_s3 = self.uri.startswith(_S3)
         self._lanes = 1
         if self._is_s3:
@@ -134,15 +135,21 @@ class Bucket:
             # send every request up to 25 times and take minutes over it.
             self._lanes, self._files.max_concurrency, self._files.retries = self._files.max_concurrency, 1, 1
 
+    @property
+    def creates_atomically(self) -> bool:
+        """False where fsspec itself looks whether an object exists, and then writes: two may find that it does not."""
+        from fsspec.asyn import AsyncFileSystem
+        from fsspec.spec import AbstractFileSystem
+
+        if isinstance(self._files, AsyncFileSystem):
+            return True
+        return type(self._files).pipe_file is not AbstractFileSystem.pipe_file
+
     # --- reading
 
     def names(self) -> list[str]:
         """See Medium.names."""
-        try:
-            found = self._ask("ls", self._root, detail=False, refresh=True)
-        except FileNotFoundError:
-            return []
-        return [str(path).rpartition("/")[2] for path in found if str(path).rstrip("/") != self._root]
+        return list(self.sizes())
 
     def sizes(self) -> dict[str, int]:
         """See Medium.sizes."""
@@ -190,6 +197,7 @@ class Bucket:
     def _receive(self, entry: FileEntry, copy: BinaryIO, reading: Reading | None) -> str | None:
         """What is wrong with the object, once all of it has arrived. Raises OSError: to be cut short is no damage."""
         size = self._size(entry.name)
+        self._largest = max(self._largest, size)
         if size != entry.size:
             return f"{entry.name} has {size} bytes, its manifest says {entry.size}"
         digest = hashlib.sha256()
@@ -236,7 +244,13 @@ class Bucket:
         self._ask("pipe_file", self._at(name), data)
 
     def replace_if(self, name: str, data: bytes, *, tag: str) -> bool:
-        """Put a small object in the place of the one with that ETag; False when it is another by now."""
+        """Put a small object in the place of the one with that ETag; False when it is another by now.
+
+        Other stores than S3 are not asked for the condition: fsspec has no word for it.
+        """
+        if not self._is_s3:
+            self.replace(name, data)
+            return True
         try:
             self._ask("pipe_file", self._at(name), data, IfMatch=tag)
         except OSError as error:
@@ -249,6 +263,7 @@ class Bucket:
         """See Medium.write_data: staged, then uploaded in parallel parts, each with a checksum."""
         while self._kept:  # whoever saves has loaded; their room is needed now
             self.local(self._kept.pop()).unlink(missing_ok=True)
+        self._require_room(self._largest)  # before the state is written: the last one was about as large
         staged = self.local(name)
         try:
             with staged.open("wb") as raw:
@@ -256,22 +271,29 @@ class Bucket:
                 note("data-write")
                 stream.fill(write)
             note("data-upload")
-            self._upload(staged, name, stream.size)
+            self._upload(staged, name, stream.size, None)
         finally:
             staged.unlink(missing_ok=True)
+        self._largest = max(self._largest, stream.size)
         return FileEntry(name, stream.size, stream.sha256)
 
-    def _upload(self, source: Path, name: str, size: int) -> None:
+    def put(self, name: str, source: Path, *, reading: Reading | None) -> None:
+        """See Medium.put; straight from where it lies."""
+        self._upload(source, name, source.stat().st_size, reading)
+
+    def _upload(self, source: Path, name: str, size: int, reading: Reading | None) -> None:
         part = max(_CHUNK_BYTES, math.ceil(size / _MOST_PARTS))
         if self._is_s3 and size > part:
-            self._upload_parts(source, name, range(0, size, part))
+            self._upload_parts(source, name, range(0, size, part), reading)
         else:
             self._ask("put_file", str(source), self._at(name))
+            if reading is not None:
+                reading(size)
         there = self._size(name)
         if there != size:
             raise OSError(errno.EIO, f"{name} has {there} bytes after {size} were sent")
 
-    def _upload_parts(self, source: Path, name: str, starts: range) -> None:
+    def _upload_parts(self, source: Path, name: str, starts: range, reading: Reading | None) -> None:
         bucket, key, _ = self._files.split_path(self._at(name))
         target: dict[str, Any] = {"Bucket": bucket, "Key": key}
         target["UploadId"] = self._ask("call_s3", "create_multipart_upload", **target)["UploadId"]
@@ -286,7 +308,11 @@ class Bucket:
             with source.open("rb") as file, ThreadPoolExecutor(self._lanes) as lanes:
                 sending = [lanes.submit(send, number) for number in range(1, len(starts) + 1)]
                 try:
-                    parts = [future.result() for future in sending]
+                    parts = []
+                    for start, future in zip(starts, sending, strict=True):
+                        parts.append(future.result())
+                        if reading is not None:
+                            reading(min(starts.step, starts.stop - start))
                 except BaseException:
                     lanes.shutdown(cancel_futures=True)
                     raise

@@ -183,6 +183,14 @@ class Directory:
             stream.fill(write)
         return FileEntry(name, stream.size, stream.sha256)
 
+    def put(self, name: str, source: Path, *, reading: Reading | None) -> None:
+        """See Medium.put."""
+        with open_atomic(self.path / name) as copy, source.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                copy.write(chunk)
+                if reading is not None:
+                    reading(len(chunk))
+
     def write_manifest(self, name: str, data: bytes, *, note: Trace) -> None:
         """See Medium.write_manifest."""
         with open_atomic(self.path / name, trace=lambda op: note(f"manifest-{op}")) as handle:

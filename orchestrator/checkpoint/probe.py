@@ -44,16 +44,18 @@ class Abilities:
 
 
 def probe(bucket: Bucket) -> Abilities:
-    """Write, read, list and remove two small objects there. Raises OSError when not even that is possible."""
+    """Write, read, list and remove a small object there. Raises OSError when not even that is possible."""
     name = PREFIX + os.urandom(6).hex()
-    bucket.replace(name, b"one")
-    read = bucket.read(name) == b"one"
-    listed = name in bucket.names()
-    exclusive = not bucket.create(name, b"two", note=_quiet, mine=lambda content: content == b"two")
-    conditional = not bucket.replace_if(name, b"three", tag='"0123456789abcdef0123456789abcdef"')
-    bucket.remove([name])
+    try:
+        bucket.replace(name, b"one")
+        read = bucket.read(name) == b"one"
+        listed = name in bucket.names()
+        exclusive = not bucket.create(name, b"two", note=_quiet, mine=lambda content: content == b"two")
+        conditional = not bucket.replace_if(name, b"three", tag='"0123456789abcdef0123456789abcdef"')
+    finally:
+        bucket.remove([name])
     return Abilities(
-        create_exclusively=exclusive,
+        create_exclusively=exclusive and bucket.creates_atomically,
         replace_conditionally=conditional,
         read_after_write=read,
         list_after_write=listed,

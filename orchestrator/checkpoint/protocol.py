@@ -190,7 +190,7 @@ class CheckpointStore(Protocol):
         """
         ...
 
-    def inventory(self) -> list[Listed]:
+    def inventory(self, *, waiting: Medium | None = None) -> list[Listed]:
         """Every committed checkpoint, newest first, live or not. No data is read and nothing is changed."""
         ...
 

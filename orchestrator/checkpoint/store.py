@@ -7,6 +7,7 @@ commit: a crash before it leaves files nobody reads, a crash after it leaves a c
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import logging
 import os
@@ -48,7 +49,6 @@ from orchestrator.files import open_atomic, write_atomic
 _log = logging.getLogger(__name__)
 
 REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
-_COPY_BYTES = 8 << 20
 RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
@@ -127,25 +127,29 @@ class Store:
         elsewhere = (name for place in self._fences if place is not self.medium for name in place.names())
         return [*names, *{n for n in elsewhere if parse_fence_name(n) is not None}.difference(names)]
 
-    def inventory(self) -> list[Listed]:
+    def inventory(self, *, waiting: Medium | None = None) -> list[Listed]:
         """See CheckpointStore.inventory."""
         with self._translated("list"):
             names = self._names()
-            sizes = self.medium.sizes()  # after the names: data is older than its manifest
             lineage = self._lineage(names)
+            places = {self.medium: _manifest_names(names)}
+            if waiting is not None:
+                places[waiting] = [n for n in _manifest_names(waiting.names()) if n not in places[self.medium]]
             found = []
-            for name in _manifest_names(names):
-                with suppress(Vanished):
-                    found.append(self._listed(name, lineage, sizes))
+            for medium, listed in places.items():
+                sizes = medium.sizes()  # after the names: data is older than its manifest
+                for name in listed:
+                    with suppress(Vanished):
+                        found.append(self._listed(name, lineage, sizes, medium))
         return sorted(found, key=lambda listed: listed.manifest.rank if listed.manifest else _rank(listed.name))[::-1]
 
-    def _listed(self, name: CheckpointName, lineage: Lineage, sizes: Mapping[str, int]) -> Listed:
+    def _listed(self, name: CheckpointName, lineage: Lineage, sizes: Mapping[str, int], medium: Medium) -> Listed:
         live = lineage.is_live(name.fence_epoch, name.step)
         problem = None if live else lineage.explain(name.fence_epoch, name.step)
         try:
-            manifest = self._load(name)
+            manifest = self._load(name, medium)
         except CheckpointCorrupt as error:
-            return Listed(name, self._locate(name.data), None, live, problem or error.message)
+            return Listed(name, f"{medium.uri}/{name.data}", None, live, problem or error.message)
         for entry in manifest.files:
             if problem is None and sizes.get(entry.name) != entry.size:
                 if name.manifest not in sizes:
@@ -278,13 +282,13 @@ class Store:
                 if base_step is not None:
                     yield name.fence_epoch, base_step
 
-    def _load(self, name: CheckpointName) -> Manifest:
+    def _load(self, name: CheckpointName, medium: Medium | None = None) -> Manifest:
         """Raises CheckpointCorrupt, Vanished, OSError."""
         try:
-            data = self.medium.read(name.manifest)
+            data = (medium or self.medium).read(name.manifest)
         except FileNotFoundError as error:
             raise Vanished(name.manifest) from error
-        return parse_manifest(data, file_name=name.manifest, directory=self.uri)
+        return parse_manifest(data, file_name=name.manifest, directory=(medium or self.medium).uri)
 
     def _load_live(self, names: Iterable[str], lineage: Lineage) -> list[Manifest]:
         """Live manifests, newest first; those that are damaged or were just collected are left out."""
@@ -561,10 +565,10 @@ class Store:
         name = manifest.name
         with self._translated(f"bring in the checkpoint of step {manifest.step}"):
             names = self._names()
-            if name.manifest in names:
-                return True
             if not self._lineage(names).is_live(name.fence_epoch, name.step):
                 return False
+            if name.manifest in names:
+                return True
             for entry in manifest.files:
                 self._bring_in(entry, source, reading)
             self.medium.write_manifest(name.manifest, manifest.render(), note=_untraced)
@@ -579,19 +583,15 @@ class Store:
         return True
 
     def _bring_in(self, entry: FileEntry, source: Medium, reading: Reading | None) -> None:
-        def copy(out: BinaryIO) -> None:
-            with source.local(entry.name).open("rb") as file:
-                while chunk := file.read(_COPY_BYTES):
-                    out.write(chunk)
-                    if reading is not None:
-                        reading(len(chunk))
-
-        if self.medium.write_data(entry.name, copy, note=_untraced) != entry:
-            self.medium.remove((entry.name,))
+        path = source.local(entry.name)
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != entry.sha256:
             raise CheckpointCorrupt(
-                f"the content of {source.uri}/{entry.name} does not match its hash",
+                f"the content of {path} does not match its hash",
                 hint="it was not taken over; an older checkpoint stands",
             )
+        self.medium.put(entry.name, path, reading=reading)
 
     def abandon(self, fence: Fence, name: CheckpointName) -> None:
         """See CheckpointStore.abandon."""
@@ -743,10 +743,10 @@ class Store:
 
     def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
         """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
-        self.medium.abort_uploads(fence.epoch)
+        aborted = self.medium.abort_uploads(fence.epoch)
         there = set(self.medium.names())  # some of `names` have just been removed
         left = (name for name in names if name in there and self._is_leftover(name, fence.epoch, there))
-        return self.medium.remove(left)
+        return aborted + self.medium.remove(left)
 
     def _is_leftover(self, file_name: str, epoch: int, committed: set[str]) -> bool:
         if self.medium.is_stale(file_name, epoch):

@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -85,7 +86,16 @@ class ShardedLoop(ResumableLoop):
         own = {name: part.state_dict() for name, part in self._own.items()}
         state = self._state()
         step, epoch, metrics = self.step, self.epoch, self._metrics
-        save(self.session, state, own=own, step=step, epoch=epoch, metrics=metrics, group=self._group)
+        save(
+            self.session,
+            state,
+            own=own,
+            step=step,
+            epoch=epoch,
+            metrics=metrics,
+            leaving=leaving,
+            group=self._group,
+        )
         self._schedule.saved(self.step)
 
 
@@ -145,16 +155,19 @@ def save(
     step: int,
     epoch: int,
     metrics: Mapping[str, float] | None = None,
+    leaving: bool = False,
     group: Any,
 ) -> None:
     """Make a checkpoint of all ranks' pieces of `state`. Collective: it succeeds on all ranks, or all raise the same.
 
     Tensors that are not DTensors, and objects, are taken from rank 0. Where such a tensor differs between the ranks
-    (batch statistics), every rank's own is kept beside it. Raises Fenced, CheckpointError: the previous one stands.
+    (batch statistics), every rank's own is kept beside it. `leaving`: the save that a stop asks for. Raises Fenced,
+    CheckpointError: the previous one stands.
     """
     started = time.monotonic()
     tensors: dict[str, torch.Tensor] = {}
-    writer = _Writer(session, _take_out(state, tensors), tensors, own, step=step, epoch=epoch, metrics=metrics)
+    begin = partial(session.begin, step, leaving=leaving)
+    writer = _Writer(session, _take_out(state, tensors), tensors, own, begin, step=step, epoch=epoch, metrics=metrics)
     planner = DefaultSavePlanner(flatten_state_dict=False, dedup_save_to_lowest_rank=True)
     failed: CheckpointException | None = None
     try:
@@ -181,11 +194,13 @@ class _Writer(StorageWriter):
         skeleton: Any,
         tensors: Mapping[str, torch.Tensor],
         own: Any,
+        begin: Callable[[], Saving],
         *,
         step: int,
         epoch: int,
         metrics: Mapping[str, float] | None,
     ) -> None:
+        self._begin = begin
         self.manifest: Manifest | None = None
         self._session, self._skeleton, self._tensors, self._own = session, skeleton, tensors, own
         self._step, self._epoch, self._metrics = step, epoch, metrics
@@ -208,7 +223,7 @@ class _Writer(StorageWriter):
         """Rank 0: open the save, and tell every rank its name and which tensors to keep for itself."""
         digests = [plan.storage_data for plan in plans]
         differing = [name for name in digests[0] if len({digest.get(name) for digest in digests}) > 1]
-        self._begun = self._session.begin(self._step)
+        self._begun = self._begin()
         return [replace(plan, storage_data=(self._begun, differing)) for plan in plans]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:

@@ -52,9 +52,7 @@ def list_checkpoints(run: str, *, root: str | Path | None = None) -> list[Stored
     paths = find_run(run, root)
     store = open_run_store(paths)
     refuge = _refuge(store, paths)
-    waiting = [] if refuge is None else refuge.store.inventory()
-    found = sorted([*store.inventory(), *waiting], key=lambda listed: listed.name, reverse=True)
-    return [_described(listed) for listed in found]
+    return [_described(one) for one in store.inventory(waiting=None if refuge is None else refuge.store.medium)]
 
 
 def _refuge(store: CheckpointStore, paths: RunPaths) -> Refuge | None:
@@ -176,14 +174,15 @@ def push_checkpoint(
                 f"{location} does not read back: {problem}", hint=f"the copy in {paths.checkpoints} was kept"
             )
         refuge.forget(published)
-        EventLog(paths, "login").append("action", action="pushed", step=published.step, path=location, by=_user())
+        EventLog(paths, "login").append(
+            "action",
+            action="pushed",
+            step=published.step,
+            path=location,
+            size_bytes=published.size_bytes,
+            by=_user(),
+        )
     return Pushed(record.run_id, published.step, location, published.size_bytes)
-
-
-def _bring_in(store: CheckpointStore, paths: RunPaths) -> None:
-    refuge = _refuge(store, paths)
-    if refuge is not None:
-        list(refuge.bring_to(store))
 
 
 # --- removing
@@ -204,10 +203,11 @@ def collect_checkpoints(
     with translated(paths.run_dir):
         record = _at_rest(paths, open_backend, "collect")
         before = store.sizes()
-        if dry_run or not before:
+        if dry_run or store.owner() is None:
             removed = store.garbage(**rules)
         else:
-            _bring_in(store, paths)  # the epoch opened here would make it dead
+            if (refuge := _refuge(store, paths)) is not None:
+                list(refuge.bring_to(store))  # the epoch opened here would make it dead
             _, fence = take_over(store, attempt=_last_attempt(store, record))
             removed = store.collect_garbage(fence, **rules)
             EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))
@@ -272,7 +272,6 @@ def rollback(
     store = open_run_store(paths)
     with translated(paths.run_dir):
         _may_go_back(paths, open_backend)
-        _bring_in(store, paths)  # so that it counts among what is given up
         manifest = _choose(store, step)
         total = manifest.size_bytes
         problem = store.verify(manifest, reading=lambda count: reading(count, total))
@@ -310,7 +309,12 @@ def _may_go_back(paths: RunPaths, open_backend: OpenBackend) -> Record:
 
 
 def _plan(paths: RunPaths, store: CheckpointStore, manifest: Manifest) -> RolledBack:
-    given_up = [newer.step for newer in store.manifests() if newer.rank > manifest.rank and newer.step > manifest.step]
+    refuge = _refuge(store, paths)
+    waiting = [] if refuge is None else refuge.store.manifests()
+    newer = {
+        m.name: m.step for m in (*store.manifests(), *waiting) if m.rank > manifest.rank and m.step > manifest.step
+    }
+    given_up = list(newer.values())
     return RolledBack(
         run_id=paths.run_dir.name,
         run_dir=paths.run_dir,

@@ -64,7 +64,7 @@ def refuse_drift(run_id: str, found: Collection[Change], allowed: Iterable[str],
     missing = [change.key for change in found if change.key not in permitted]
     if not missing:
         return
-    since = "since the run began" if step is None else f"since the checkpoint of step {count(step)}"
+    since = "since it was last submitted" + ("" if step is None else f" (its checkpoint is of step {count(step)})")
     lines = "\n".join(f"  {change}" for change in found)
     options = " ".join(f"--allow-drift {key}" for key in missing)
     raise RefusedError(

@@ -21,6 +21,10 @@ from orchestrator.states import JobState
 HEARTBEAT_FRESH_S = 60.0  # four beats of 15 s: one lost write does not declare a run dead
 
 
+# What says which checkpoint a run goes on from: events, and actions.
+_OF_CHECKPOINTS = ("checkpoint_committed", "pushed", "rolled_back")
+
+
 @dataclass(frozen=True)
 class Record:
     """A snapshot of the files of one run; plain data, nothing is asked of a scheduler here."""
@@ -109,8 +113,9 @@ class Record:
 
     @property
     def last_checkpoint(self) -> dict[str, Any] | None:
-        """The event that names the checkpoint to go on from: the last commit, unless a rollback came after it."""
-        return self.newest("checkpoint_committed", "rolled_back")
+        """The event that names the checkpoint to go on from: the last commit, or what became of it afterwards."""
+        told = (event for event in reversed(self.events) if event.get("action", event.get("event")) in _OF_CHECKPOINTS)
+        return next(told, None)
 
 
 def is_ours(paths: RunPaths) -> bool:

@@ -391,7 +391,13 @@ class Session:
             if brought.problem is not None:
                 self.event("checkpoint_rejected", path=path, reason=brought.problem)
             elif brought.published:
-                self.event("action", action="pushed", step=brought.manifest.step, path=path)
+                self.event(
+                    "action",
+                    action="pushed",
+                    step=brought.manifest.step,
+                    path=f"{self.store.uri}/{brought.manifest.name.data}",
+                    size_bytes=brought.manifest.size_bytes,
+                )
 
     def started_from(self, path: str, *, step: int, epoch: int) -> None:
         """This run has no checkpoint of its own and begins with one that was written elsewhere."""
@@ -450,8 +456,7 @@ class Session:
         self._leaving = True
         flying = self._in_flight is not None
         if self._refuge is not None:
-            self._raise_failed_save()
-            self._in_flight = None  # ends with the process; what it has not published does not exist
+            self._drop_upload()
             flying = False
         self.finish_commit()
         left = self.seconds_left()
@@ -460,6 +465,15 @@ class Session:
             return
         self._commit(self._require_fence(), write, step, epoch, metrics, emergency=True)
         self._position = (step, epoch)
+
+    def _drop_upload(self) -> None:
+        """The save in flight ends with the process; what it has not published does not exist."""
+        error = None if self._in_flight is None else self._in_flight.error
+        self._in_flight = None
+        if isinstance(error, Fenced):
+            raise error
+        if error is not None:  # no reason to lose what the disk can take
+            log.warning("the save before the last one had failed: %s", error)
 
     def finish_save(self) -> None:
         """Wait for the save in flight, if there is one, and raise what went wrong with it."""
@@ -505,9 +519,13 @@ class Session:
         self._tell(manifest, time.monotonic() - started)
         return manifest
 
-    def begin(self, step: int) -> Saving:
-        """Rank 0: open a save in parts; every rank may now `write_part`. Raises as `commit`."""
-        emergency = self.stop_requested
+    def begin(self, step: int, *, leaving: bool = False) -> Saving:
+        """Rank 0: open a save in parts; every rank may now `write_part`. Raises as `commit`.
+
+        `leaving`: the save that a stop asks for, whichever rank has heard of it.
+        """
+        self._leaving = self._leaving or leaving
+        emergency = self._leaving or self.stop_requested
         return Saving(self._where(emergency).begin(self._require_fence(), step=step), emergency)
 
     def write_part(self, saving: Saving, write: Callable[[BinaryIO], object], *, part: str | None = None) -> FileEntry:
@@ -574,7 +592,7 @@ class Session:
         return any(path.startswith(f"{place}/") for place in places)
 
     def _tidy_up(self, fence: Fence) -> None:
-        if not self.stop_requested:  # the grace period is for saving, not for tidying up
+        if not (self.stop_requested or self._leaving):  # the grace period is for saving, not for tidying up
             with suppress(_Leaving):
                 self.store.collect_garbage(
                     fence,

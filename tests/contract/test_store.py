@@ -136,7 +136,21 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str]
         yield get
 
 
-@pytest.fixture(params=["path", "file-url", *KINDS, "rclone and disk"])
+class Memory(Prefix):
+    """Any other file system that fsspec knows; this one lives in the process."""
+
+    def __init__(self, scratch: Path) -> None:
+        import fsspec
+
+        self.root = f"/{scratch}/some where/run-1"
+        self.scratch = scratch
+        self.files = fsspec.filesystem("memory")
+
+    def open(self) -> CheckpointStore:
+        return open_store(f"memory:/{self.root}", scratch=self.scratch)
+
+
+@pytest.fixture(params=["path", "file-url", *KINDS, "rclone and disk", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str], Server]) -> Place:
     directory = tmp_path / "a run's checkpoints"
     match request.param:
@@ -146,6 +160,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, servers: Callable[[str
             return Folder(directory, "file://" + str(directory).replace(" ", "%20"))
         case "rclone and disk":
             return PrefixAndDisk(servers("rclone"), tmp_path / "scratch", tmp_path / "disk")
+        case "memory":
+            return Memory(tmp_path / "scratch")
         case kind:
             return Prefix(servers(kind), tmp_path / "scratch")
 
@@ -856,6 +872,7 @@ def test_weaknesses_of_the_place(place: Place, request: pytest.FixtureRequest, s
         "path": [], "file-url": [], "moto": [],
         "rclone": ["two attempts that start", "last.json may name"],
         "rclone and disk": ["last.json may name"],
+        "memory": ["last.json may name"],
     }  # fmt: skip
     told = store.weaknesses()
     beginnings = expected[request.node.callspec.params["place"]]

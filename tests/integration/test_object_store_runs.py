@@ -109,13 +109,16 @@ def test_a_run_stopped_twice_is_exact(remote: Remote, tmp_path: Path) -> None:
     assert all(event["checkpoint"].startswith(remote.url) for event in resumed)
 
 
-def test_a_sharded_run_is_exact_and_every_node_fetches_the_shards_it_needs(remote: Remote, tmp_path: Path) -> None:
+@pytest.mark.parametrize("told", [0, 1])  # the rank that hears of the stop
+def test_a_sharded_run_is_exact_and_every_node_fetches_the_shards_it_needs(
+    remote: Remote, tmp_path: Path, told: int
+) -> None:
     untouched = tmp_path / "untouched"
     codes = run_ranks(partial(train_sharded, Sharded(), untouched), untouched, world_size=2, attempt=0)
     ended_well(codes, untouched, 0)
     run_dir = remote.run_dir
     killed = Sharded(at=5, signal=signal.SIGKILL)  # after a save into the bucket; the next one saves to the disk
-    for number, plan in enumerate([killed, Sharded(at=6, rank=0), Sharded()]):
+    for number, plan in enumerate([killed, Sharded(at=6, rank=told), Sharded()]):
         codes = run_ranks(
             partial(train_sharded, plan, run_dir),
             run_dir,

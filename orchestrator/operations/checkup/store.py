@@ -19,4 +19,4 @@ def store_findings(facts: StoreFacts) -> Iterator[Finding]:
         message = f"{facts.uri}: writable, consistent, honours conditional writes"
         yield Finding(_TOPIC, Level.OK, message, None, Family.STORE)
     for weakness in facts.weaknesses:
-        yield Finding(_TOPIC, Level.WARN, f"{facts.uri} ignores conditional writes: {weakness}", None, Family.STORE)
+        yield Finding(_TOPIC, Level.WARN, f"{facts.uri}: {weakness}", None, Family.STORE)

@@ -231,7 +231,7 @@ def test_what_would_differ_is_listed_and_refused_unless_it_is_allowed(world: Wor
     agent.end("needs_resume", "preempted", step=120)
     world.backend.set("101", ENDED)
     before = world.paths(run).spec.read_bytes(), world.paths(run).agent_plan.read_bytes()
-    with pytest.raises(RefusedError, match="since the checkpoint of step 120") as caught:
+    with pytest.raises(RefusedError, match="its checkpoint is of step 120") as caught:
         world.resume(run, overrides=override.split(), allow_drift=["code", "data"])
     assert f"  {line}" in caught.value.message
     key = line.partition(":")[0]
