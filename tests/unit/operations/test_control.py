@@ -271,7 +271,7 @@ def test_resume_with_the_code_as_it_is_now(world: World) -> None:
     agent.begin(1, job_id="102")
     agent.end("needs_resume", "preempted")
     (world.folder / "train.py").write_text("print('better')\n")
-    with pytest.raises(RefusedError, match="since the run began") as caught:
+    with pytest.raises(RefusedError, match="changed since it was last submitted:") as caught:
         world.resume(run, code=True)
     assert f"  code: {begun[:12]} → " in caught.value.message
     world.resume(run, code=True, allow_drift=["code"])
