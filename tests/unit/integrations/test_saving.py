@@ -17,6 +17,8 @@ torch = pytest.importorskip("torch")
 from orchestrator.integrations.saving import SnapshotBuffers, StateSaver  # noqa: E402 - torch may be missing
 from orchestrator.worker.session import CheckpointSettings, Session  # noqa: E402
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]  # only where there is one
+
 
 class Pair(NamedTuple):
     first: Any
@@ -113,13 +115,14 @@ def test_a_state_that_cannot_be_saved_is_refused_at_once() -> None:
         SnapshotBuffers().take({"function": lambda: None})
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: the same on the CPU is tested above")
-def test_a_snapshot_of_a_device_is_on_the_host() -> None:
-    state, buffers = {"a": torch.randn(1000, device="cuda"), "b": torch.randn(3)}, SnapshotBuffers()
-    expected = state["a"].cpu()
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_snapshot_of_a_device_is_on_the_host(device: str) -> None:
+    state, buffers = {"a": torch.randn(1000, device=device), "b": torch.randn(3)}, SnapshotBuffers()
+    expected = state["a"].cpu().clone()
     copy = buffers.take(state)()
     state["a"].zero_()
-    assert copy["a"].is_pinned()
+    assert copy["a"].device.type == "cpu"
+    assert copy["a"].is_pinned() == (device == "cuda")
     assert not copy["b"].is_pinned()
     assert torch.equal(copy["a"], expected)
 
