@@ -202,13 +202,16 @@ def collect_checkpoints(
     rules = _rules(plan["checkpoint"])
     with translated(paths.run_dir):
         record = _at_rest(paths, open_backend, "collect")
+        attempt = _last_attempt(store, record)  # now: one that starts while this uploads must not be fenced
         before = store.sizes()
         if dry_run or store.owner() is None:
             removed = store.garbage(**rules)
         else:
             if (refuge := _refuge(store, paths)) is not None:
                 list(refuge.bring_to(store))  # the epoch opened here would make it dead
-            _, fence = take_over(store, attempt=_last_attempt(store, record))
+            with run_lock(paths):  # nobody resumes it in between
+                _at_rest(paths, open_backend, "collect")
+                _, fence = take_over(store, attempt=attempt)
             removed = store.collect_garbage(fence, **rules)
             EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))
     steps = tuple(manifest.step for manifest in store.manifests() if manifest.name.manifest not in removed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 
 from orchestrator import operations
 from orchestrator.backends.base import SchedulerState
-from orchestrator.checkpoint import CheckpointStore, Fence, Manifest, open_store, take_over
+from orchestrator.checkpoint import Brought, CheckpointStore, Fence, Manifest, Refuge, open_store, take_over
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RefusedError, SchedulerUnavailable
+from orchestrator.operations import checkpoints
 from orchestrator.operations.checkpoints import open_run_store
 from orchestrator.registry import read_events
 from tests.unit.operations.conftest import World
@@ -145,6 +147,49 @@ def test_who_still_writes_unseen_is_fenced_before_anything_is_removed(world: Wor
     found, _ = take_over(open_run_store(world.paths(run)), attempt=1)
     assert found is not None
     assert found.manifest.step == 20
+
+
+def meanwhile(patch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """`act` happens once, while emergency saves are brought to the store; makes a disk need that, too."""
+
+    class Slow(Refuge):
+        def bring_to(self, store: CheckpointStore, **options: Any) -> Iterator[Brought]:
+            brought = list(super().bring_to(store, **options))
+            act()
+            return iter(brought)
+
+    patch.setattr(checkpoints, "_refuge", lambda store, paths: Slow(paths.run_dir / "waiting"))
+
+
+def test_an_attempt_that_starts_while_saves_are_brought_in_is_not_fenced(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.ended("needs_resume", "preempted")
+    saved(world, run, 10, 20, 30, 40)
+    claimed: list[tuple[CheckpointStore, Fence]] = []
+
+    def resumed() -> None:
+        world.resume(run)
+        claimed.append(saved(world, run, 50, attempt=1))
+
+    meanwhile(monkeypatch, resumed)
+    with pytest.raises(RefusedError, match="belong to its attempt"):
+        collect(world, run)
+    store, fence = claimed[0]
+    store.commit(fence, lambda f: f.write(b"on"), step=60, epoch=0, world_size=1)
+    assert [manifest.step for manifest in store.manifests()] == [60, 50, 40, 30, 20, 10]
+
+
+def test_an_attempt_that_came_and_went_while_saves_are_brought_in_keeps_the_run(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.ended("needs_resume", "preempted")
+    saved(world, run, 10, 20, 30, 40)
+    meanwhile(monkeypatch, lambda: saved(world, run, 50, attempt=1))
+    with pytest.raises(Fenced):
+        collect(world, run)
+    store = open_run_store(world.paths(run))
+    assert [manifest.step for manifest in store.manifests()] == [50, 40, 30, 20, 10]
 
 
 def test_of_a_run_without_checkpoints_nothing_is_removed_or_made(world: World) -> None:
