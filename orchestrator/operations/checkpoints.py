@@ -146,8 +146,9 @@ def push_checkpoint(
 ) -> Pushed:
     """Bring the newest emergency save from the run directory to the object store, as the next attempt would.
 
-    The local copy goes once the one in the store was read back. Raises RefusedError while the run is alive and where
-    there is no object store, CheckpointCorrupt when what was saved is damaged.
+    The local copy goes once the one in the store was read back. Raises RefusedError while the run is alive (had it
+    started meanwhile, the local copy stays) and where there is no object store, CheckpointCorrupt when what was saved
+    is damaged.
     """
     paths = find_run(run, root)
     store = open_run_store(paths)
@@ -173,7 +174,9 @@ def push_checkpoint(
             raise CheckpointCorrupt(
                 f"{location} does not read back: {problem}", hint=f"the copy in {paths.checkpoints} was kept"
             )
-        refuge.forget(published)
+        with run_lock(paths):  # an attempt that has started since may be reading the local copy
+            _at_rest(paths, open_backend, "push")
+            refuge.forget(published)
         EventLog(paths, "login").append(
             "action",
             action="pushed",

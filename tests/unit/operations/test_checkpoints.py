@@ -294,3 +294,30 @@ def test_there_is_nowhere_to_push_checkpoints_that_are_on_disk(world: World) -> 
     run = world.ended("needs_resume", "preempted")
     with pytest.raises(RefusedError, match="nowhere to push"):
         operations.push_checkpoint(place(world, run), open_backend=world.backend.open)
+
+
+def waiting(world: World, run: str, fence: Fence, step: int) -> Refuge:
+    """An emergency save that waits, as it does with an object store."""
+    refuge = Refuge(world.paths(run).run_dir / "waiting")
+    refuge.open().commit(fence, lambda f: f.write(b"waits"), step=step, epoch=1, world_size=1)
+    return refuge
+
+
+def test_what_was_pushed_is_forgotten_here(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = world.ended("needs_resume", "preempted")
+    refuge = waiting(world, run, saved(world, run, 10)[1], 20)
+    meanwhile(monkeypatch, lambda: None)
+    assert operations.push_checkpoint(place(world, run), open_backend=world.backend.open).step == 20
+    assert refuge.store.manifests() == []
+
+
+def test_an_attempt_that_starts_during_a_push_still_finds_the_local_copy(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.ended("needs_resume", "preempted")
+    refuge = waiting(world, run, saved(world, run, 10)[1], 20)
+    meanwhile(monkeypatch, lambda: world.resume(run))
+    with pytest.raises(RefusedError, match="belong to its attempt"):
+        operations.push_checkpoint(place(world, run), open_backend=world.backend.open)
+    assert [manifest.step for manifest in refuge.store.manifests()] == [20]
+    assert [manifest.step for manifest in open_run_store(world.paths(run)).manifests()] == [20, 10]
