@@ -64,10 +64,11 @@ def verify_checkpoints(
     run: str, *, step: int | None = None, root: str | Path | None = None, reading: Reading = lambda count, total: None
 ) -> list[StoredCheckpoint]:
     """Read the bytes of all live checkpoints, or those of one step, and compare them. Changes nothing."""
-    store = open_run_store(find_run(run, root))
+    paths = find_run(run, root)
+    store = open_run_store(paths)
     chosen = [listed for listed in store.inventory() if listed.live and step in (None, listed.name.step)]
     if not chosen:
-        _choose(store, step)  # raises with those there are
+        _choose(store, step, paths)  # raises with those there are
     total = sum(listed.manifest.size_bytes for listed in chosen if _whole(listed) and listed.manifest)
     verified = (_verified(store, listed, lambda count: reading(count, total)) for listed in chosen)
     return [_described(listed) for listed in verified if listed is not None]
@@ -105,16 +106,29 @@ def _described(listed: Listed) -> StoredCheckpoint:
     )
 
 
-def _choose(store: CheckpointStore, step: int | None) -> Manifest:
+def _choose(store: CheckpointStore, step: int | None, paths: RunPaths) -> Manifest:
     """The newest live checkpoint (of that step). Raises CheckpointError with the steps there are."""
     live = store.manifests()
     for manifest in live:
         if step in (None, manifest.step):
             return manifest
+    refuge = _refuge(store, paths)
+    waiting = None if refuge is None else _waiting(store, refuge)
+    if waiting is not None and step in (None, waiting.step):
+        raise CheckpointError(
+            f"the checkpoint of step {count(waiting.step)} waits in the run directory: it is not in {store.uri} yet",
+            hint=f"bring it there first, then try again:  orch ckpt push {paths.run_dir.name}",
+        )
     if not live:
         raise CheckpointError(f"there is no checkpoint in {store.uri} to resume from", hint="`orch ckpt ls` lists all")
     steps = ", ".join(count(number) for number in dict.fromkeys(manifest.step for manifest in live))
     raise CheckpointError(f"there is no live checkpoint of step {count(step or 0)}", hint=f"there are those of {steps}")
+
+
+def _waiting(store: CheckpointStore, refuge: Refuge) -> Manifest | None:
+    """The emergency save that a push would bring: the newest that still counts."""
+    listed = (one.manifest for one in store.inventory(waiting=refuge.store.medium) if one.problem is None)
+    return next((manifest for manifest in listed if manifest and manifest.directory == refuge.store.uri), None)
 
 
 # --- copying
@@ -131,7 +145,7 @@ def pull_checkpoint(
     """Copy the newest live checkpoint, or that of `step`, with its manifest into a directory; compared on its way."""
     paths = find_run(run, root)
     store = open_run_store(paths)
-    manifest = _choose(store, step)
+    manifest = _choose(store, step, paths)
     total = manifest.size_bytes
     path = store.copy_to(Path(directory).absolute(), manifest, reading=lambda count: reading(count, total))
     return Pulled(paths.run_dir.name, manifest.step, path, path.parent / manifest.name.manifest, total, manifest.sha256)
@@ -278,7 +292,7 @@ def rollback(
     store = open_run_store(paths)
     with translated(paths.run_dir):
         _may_go_back(paths, open_backend)
-        manifest = _choose(store, step)
+        manifest = _choose(store, step, paths)
         total = manifest.size_bytes
         problem = store.verify(manifest, reading=lambda count: reading(count, total))
         if problem is not None:

@@ -321,3 +321,21 @@ def test_an_attempt_that_starts_during_a_push_still_finds_the_local_copy(
         operations.push_checkpoint(place(world, run), open_backend=world.backend.open)
     assert [manifest.step for manifest in refuge.store.manifests()] == [20]
     assert [manifest.step for manifest in open_run_store(world.paths(run)).manifests()] == [20, 10]
+
+
+def test_a_step_that_waits_in_the_run_directory_has_to_be_pushed_first(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.ended("needs_resume", "preempted")
+    waiting(world, run, saved(world, run, 10)[1], 20)
+    meanwhile(monkeypatch, lambda: None)
+    for act in (
+        lambda: rollback(world, run, 20),
+        lambda: operations.pull_checkpoint(place(world, run), tmp_path / "copy", step=20),
+        lambda: operations.verify_checkpoints(place(world, run), step=20),
+    ):
+        with pytest.raises(CheckpointError, match="step 20 waits in the run directory") as caught:
+            act()
+        assert f"orch ckpt push {run}" in (caught.value.hint or "")
+    with pytest.raises(CheckpointError, match="no live checkpoint of step 15"):
+        rollback(world, run, 15)
