@@ -16,6 +16,23 @@ def parse_url(text: str) -> SplitResult | None:
     return urlsplit(text) if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) else None
 
 
+def url_fault(text: str) -> str | None:
+    """What is wrong with a text that looks like a URL and is none, such as `s3:/bucket/p`; as a path, it would become
+    a directory that nobody asked for (pure)."""
+    start = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", text)
+    if start is None:
+        return None
+    scheme, rest = start.group().lower(), text[start.end() :].lstrip("/")
+    if "::" in text:
+        last = text.rpartition("::")[2]
+        right = last if "://" in last and "@" not in last else "s3://bucket/prefix"
+        return f"a chain of file systems (`::`) is not supported; write {right}"
+    if parse_url(text) is not None:
+        return None
+    right = f"{scheme}{'///' if scheme == 'file:' else '//'}{rest if rest and '@' not in rest else 'bucket/prefix'}"
+    return f"looks like a URL, but is none; write {right} (for a directory with a colon, ./ before its name)"
+
+
 @dataclass(frozen=True)
 class RootPaths:
     """Layout of an orch root, shared by all runs."""

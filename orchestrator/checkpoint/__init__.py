@@ -15,7 +15,7 @@ from orchestrator.checkpoint.protocol import CheckpointStore, Found, Listed, Rea
 from orchestrator.checkpoint.refuge import Brought, Refuge
 from orchestrator.checkpoint.retention import Best, Retention, kept
 from orchestrator.errors import CheckpointError
-from orchestrator.paths import parse_url
+from orchestrator.paths import parse_url, url_fault
 
 __all__ = [
     "Best",
@@ -58,17 +58,19 @@ def open_store(
         shared_disk, claim_on_disk: where fences may lie, and whether new ones are created there.
         patience_s: how long an operation that is starting may be tried again.
     """
+    if fault := url_fault(uri):
+        raise CheckpointError(f"checkpoint.uri {fault}")
     url = parse_url(uri)
     if url is None:
         if not uri:
             raise CheckpointError("checkpoint.uri is empty", hint="give a directory, or null for the run directory")
         return PosixStore(Path(uri))
-    if url.scheme.lower() == "file":
+    if url.scheme == "file":
         return PosixStore(_file_url_path(uri))
     from orchestrator.checkpoint.objects import PATIENCE_S, ObjectStore
 
     return ObjectStore(
-        uri,
+        url.scheme + uri[len(url.scheme) :],  # fsspec knows schemes in lower case only
         storage_options=storage_options,
         scratch=scratch or _temporary_directory(),
         shared_disk=shared_disk,

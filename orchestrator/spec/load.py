@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from orchestrator.errors import SpecError
+from orchestrator.paths import url_fault
 from orchestrator.spec.models import ARGUMENT_NAME, ENV_NAME, RESERVED_TOP_KEYS, JobSpec
 from orchestrator.spec.problems import KeyPath, Place, Problem, Refusal, did_you_mean, error_of, kind_of, shown
 from orchestrator.spec.reader import Document, parse_yaml, read_yaml
@@ -243,7 +244,7 @@ def _resolve_paths(document: Document, base_dir: Path) -> list[Problem]:
     _resolve_key(spec, "root", base_dir)
     _resolve_key(spec.get("slurm"), "template", base_dir)
     uri = spec["checkpoint"].get("uri") if isinstance(spec.get("checkpoint"), dict) else None
-    if isinstance(uri, str) and "://" not in uri:
+    if isinstance(uri, str) and "://" not in uri and url_fault(uri) is None:
         _resolve_key(spec["checkpoint"], "uri", base_dir)
     container = spec.get("container")
     mounts = container.get("mounts") if isinstance(container, dict) else None

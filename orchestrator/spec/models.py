@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.paths import parse_url
+from orchestrator.paths import parse_url, url_fault
 from orchestrator.spec.images import image_refusal
 from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
 from orchestrator.spec.sbatch_options import normal_name, owned_by_step, refusal
@@ -521,18 +521,22 @@ class Checkpoint(_Section):
     @field_validator("uri")
     @classmethod
     def _place(cls, value: str | None) -> str | None:
-        url = parse_url(value or "")
+        if value is None:
+            return None
+        if fault := url_fault(value):
+            raise ValueError(fault)
+        url = parse_url(value)
         if url is None:
             return value
-        if url.scheme.lower() == "file":
-            return _path_of_file_url(str(value))
-        if url.scheme.lower() in ("local", "memory"):
+        if url.scheme == "file":
+            return _path_of_file_url(value)
+        if url.scheme in ("local", "memory"):
             raise ValueError(f"{url.scheme}:// is no place other nodes see; give a path, file:// or an object store")
         if "@" in url.netloc:
             raise ValueError("holds credentials; a spec is written to disk. Name their variables in `secrets`")
         if not url.netloc or url.query or url.fragment:
             raise ValueError(f"an object store is written {url.scheme}://bucket/prefix, without ? and #")
-        return value
+        return url.scheme + value[len(url.scheme) :]  # in lower case, the only one that fsspec knows
 
     @field_validator("storage_options")
     @classmethod

@@ -743,6 +743,16 @@ def test_a_path_is_made_absolute_and_nothing_is_created(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("uri", ["s3:/bucket/p", "simplecache::s3://bucket/p"])
+def test_what_looks_like_a_url_is_no_directory(uri: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="write s3://bucket/p"):
+        open_store(uri)
+
+
+def test_the_scheme_may_be_in_upper_case(tmp_path: Path) -> None:
+    assert open_store("MEMORY://Bucket/P", scratch=tmp_path).uri == "memory://Bucket/P"
+
+
 # --- reading again
 
 

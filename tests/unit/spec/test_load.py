@@ -323,12 +323,36 @@ def test_checkpoint_uris(uri: str) -> None:
     assert parse_spec(minimal(checkpoint={"uri": uri})).checkpoint.uri == "/a/b c"
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/pre fix", "gs://bucket", "S3://bucket/a"])
+@pytest.mark.parametrize("uri", ["s3://bucket/pre fix", "gs://bucket"])
 def test_object_stores(uri: str) -> None:
     options = {"endpoint_url": "http://127.0.0.1:9000", "client_kwargs": {"region_name": "x"}}
     checkpoint = {"uri": uri, "storage_options": options, "scratch": "/local/scratch", "fence": "disk"}
     spec = parse_spec(minimal(checkpoint=checkpoint), environ={})
     assert spec.checkpoint.model_dump(include=set(checkpoint)) == checkpoint
+
+
+def test_the_scheme_of_an_object_store_is_in_lower_case() -> None:
+    assert parse_spec(minimal(checkpoint={"uri": "S3://Bucket/A"})).checkpoint.uri == "s3://Bucket/A"
+
+
+@pytest.mark.parametrize(
+    ("uri", "right"),
+    [
+        ("s3:/bucket/p", "s3://bucket/p"), ("S3:bucket/p", "s3://bucket/p"), ("file:/a/b", "file:///a/b"),
+        ("simplecache::s3://b/p", "s3://b/p"), ("s3://b/p::s3://c/q", "s3://c/q"), ("gs:", "gs://bucket/prefix"),
+        ("s3:/key:hunter2@bucket", "s3://bucket/prefix"), ("a::s3://key:hunter2@bucket", "s3://bucket/prefix"),
+    ],
+)  # fmt: skip
+def test_what_looks_like_a_url_is_no_directory(uri: str, right: str, tmp_path: Path) -> None:
+    message = refused(minimal(checkpoint={"uri": uri}), base_dir=tmp_path)
+    assert "checkpoint.uri" in message
+    assert f"write {right}" in message
+    assert "hunter2" not in message
+
+
+def test_a_directory_may_have_a_colon(tmp_path: Path) -> None:
+    uri = parse_spec(minimal(checkpoint={"uri": "./run:2"}), base_dir=tmp_path).checkpoint.uri
+    assert uri == str(tmp_path / "run:2")
 
 
 @pytest.mark.parametrize(
