@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import unquote, urlsplit
 
@@ -541,9 +541,9 @@ class Checkpoint(_Section):
     @field_validator("storage_options")
     @classmethod
     def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
-        secret = "is a secret, and a spec is written to disk; name the variable that the store's library reads "
+        secret = "holds a secret, and a spec is written to disk; name the variable that the store's library reads "
         secret += "(AWS_SECRET_ACCESS_KEY …) in `secrets`"
-        if given := [(path, secret) for path in _keys_below(value) if path[-1] in SECRET_OPTIONS]:
+        if given := [(path, secret) for path, item in _items_below(value) if _is_secret(path[-1], item)]:
             raise Refusal(keys=given)
         if findings := _json_findings(value):
             raise Refusal(*findings)
@@ -565,29 +565,63 @@ class Checkpoint(_Section):
         return self
 
 
-# Names under which fsspec's file systems and the libraries beneath them take a secret itself.
+# Names under which fsspec's file systems and the libraries beneath them take a secret itself: in lower case and without
+# separators, because each library spells them in its own way.
 SECRET_OPTIONS = frozenset(
     (
-        "SSECustomerKey",
-        "account_key",
-        "aws_secret_access_key",
-        "aws_session_token",
-        "client_secret",
-        "connection_string",
+        "accesstoken",
+        "accountkey",
+        "apikey",
+        "authorization",
+        "awssecretaccesskey",
+        "awssessiontoken",
+        "clientsecret",
+        "connectionstring",
+        "copysourcessecustomerkey",
+        "passphrase",
+        "passwd",
         "password",
-        "private_key",
-        "sas_token",
+        "privatekey",
+        "proxyauthorization",
+        "refreshtoken",
+        "sastoken",
         "secret",
-        "sse_customer_key",
+        "secretaccesskey",
+        "secretkey",
+        "sessiontoken",
+        "ssecustomerkey",
+        "token",
+        "xapikey",
+        "xamzsecuritytoken",
     )
 )
+WAYS_TO_A_TOKEN = ("anon", "browser", "cache", "cloud", "google_default")
+"""What gcsfs takes as `token` that is none, besides the path of a file."""
 
 
-def _keys_below(options: Any) -> Iterator[tuple[str, ...]]:
+def _is_secret(key: str | int, value: Any) -> bool:
+    """True also for the password in a URL, whatever its key."""
+    if isinstance(value, str) and re.search(r"://[^/\s]*:[^/\s]*@", value):
+        return True
+    name = re.sub(r"[^a-z0-9]", "", str(key).lower())
+    if name not in SECRET_OPTIONS or value is None:
+        return False
+    return not (name == "token" and (value in WAYS_TO_A_TOKEN or _names_a_json_file(value)))
+
+
+def _names_a_json_file(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith("/") and value.endswith(".json")
+
+
+def _items_below(options: Any) -> Iterator[tuple[KeyPath, Any]]:
+    """Everything in it, with its path."""
     if isinstance(options, dict):
-        for key, value in options.items():
-            yield (str(key),)
-            yield from ((str(key), *path) for path in _keys_below(value))
+        items: Iterable[tuple[str | int, Any]] = ((str(key), value) for key, value in options.items())
+    else:
+        items = enumerate(options) if isinstance(options, (list, tuple)) else ()
+    for key, value in items:
+        yield (key,), value
+        yield from (((key, *path), item) for path, item in _items_below(value))
 
 
 def _path_of_file_url(url: str) -> str:

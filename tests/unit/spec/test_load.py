@@ -366,11 +366,34 @@ def test_checkpoint_uris_that_are_refused(uri: str) -> None:
     assert "checkpoint.uri" in refused(minimal(checkpoint={"uri": uri}))
 
 
-@pytest.mark.parametrize("options", [{"secret": "x"}, {"client_kwargs": {"aws_session_token": "x"}}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"secret": "hunter2"}, {"SECRET": "hunter2"}, {"secret_key": "hunter2"}, {"passphrase": "hunter2"},
+        {"client_kwargs": {"aws_session_token": "hunter2"}}, {"a": [{"secret": "hunter2"}]}, {"api-key": "hunter2"},
+        {"client_kwargs": {"headers": {"Authorization": "Bearer hunter2"}}}, {"token": "hunter2"},
+        {"token": {"private_key": "hunter2"}}, {"s3_additional_kwargs": {"CopySourceSSECustomerKey": "hunter2"}},
+        {"endpoint_url": "https://user:hunter2@host"}, {"config_kwargs": {"proxies": ["http://u:hunter2@proxy"]}},
+    ],
+)  # fmt: skip
 def test_a_secret_in_storage_options_is_refused_and_not_shown(options: dict[str, Any]) -> None:
     message = refused(minimal(checkpoint={"uri": "s3://bucket/a", "storage_options": options}))
     assert "checkpoint.storage_options" in message
     assert "`secrets`" in message
+    assert "hunter2" not in message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"token": "google_default"}, {"token": "anon"}, {"token": None}, {"token": "/home/ada/.config/key.json"},
+        {"endpoint_url": "https://host:9000/a@b:c"}, {"secret": None}, {"anon": True}, {"key": "AKIA"},
+        {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": "k"}},
+    ],
+)  # fmt: skip
+def test_what_is_no_secret_may_stand_in_storage_options(options: dict[str, Any]) -> None:
+    spec = parse_spec(minimal(checkpoint={"uri": "gs://bucket/a", "storage_options": options}), environ={})
+    assert spec.checkpoint.storage_options == options
 
 
 @pytest.mark.parametrize("given", [{"storage_options": {"anon": True}}, {"scratch": "/scratch"}])
