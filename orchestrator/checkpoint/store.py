@@ -85,12 +85,12 @@ class Store:
 
     # --- reading
 
-    def find(self) -> Found | None:
+    def find(self, *, keep: bool = True) -> Found | None:
         """See CheckpointStore.find."""
         for delay in (*RETRY_DELAYS_S, None):
             try:
                 with self._translated("read"):
-                    return self._find()
+                    return self._find(keep)
             except Vanished as vanished:
                 if delay is None:
                     raise CheckpointError(
@@ -190,7 +190,7 @@ class Store:
             ) from error
         return directory / manifest.files[0].name
 
-    def _find(self) -> Found | None:
+    def _find(self, keep: bool) -> Found | None:
         names = self._names()
         lineage = self._lineage(names)
         self._passed_over.clear()
@@ -208,7 +208,7 @@ class Store:
                 skipped.append(self._quarantine(name, error.message))
                 damaged.append(name)
         for manifest in sorted(live, key=lambda m: m.rank, reverse=True):
-            problem = self._verify(manifest, keep=True)
+            problem = self._verify(manifest, keep=keep)
             if problem is None:
                 newer = [s for s in skipped if not _is_older(s, manifest)]
                 return self._found(manifest, sorted(newer, key=lambda s: s.name, reverse=True))

@@ -228,7 +228,7 @@ def collect_checkpoints(
                 list(refuge.bring_to(store))  # the epoch opened here would make it dead
             with run_lock(paths):  # nobody resumes it in between
                 _at_rest(paths, open_backend, "collect")
-                _, fence = take_over(store, attempt=attempt)
+                _, fence = take_over(store, attempt=attempt, keep=False)  # nobody loads it here
             removed = store.collect_garbage(fence, **rules)
             EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))
     steps = tuple(manifest.step for manifest in store.manifests() if manifest.name.manifest not in removed)
