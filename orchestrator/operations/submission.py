@@ -441,18 +441,35 @@ def start(
 
 
 def _refuse_to_leave_checkpoints(spec: JobSpec, record: Record) -> None:
-    """checkpoint.uri is not part of a run's identity, but a run that looks elsewhere would begin at the beginning."""
+    """Where checkpoints are is no part of a run's identity, but one that looks elsewhere would begin anew."""
     from orchestrator.spec import load_spec
 
     if record.newest("checkpoint_committed") is None:
         return
-    begun, wanted = load_spec(record.paths.spec).checkpoint.uri, spec.checkpoint.uri
-    if begun != wanted:
+    begun, wanted = load_spec(record.paths.spec).checkpoint, spec.checkpoint
+    if begun.uri != wanted.uri:
         raise RefusedError(
-            f"{record.run_id} has its checkpoints in {begun or 'its run directory'}, and checkpoint.uri now says "
-            f"{wanted or 'the run directory'}: it would begin at the beginning",
+            f"{record.run_id} has its checkpoints in {begun.uri or 'its run directory'}, and checkpoint.uri now says "
+            f"{wanted.uri or 'the run directory'}: it would begin at the beginning",
             hint="leave checkpoint.uri as it is, or begin another run:  orch submit … --new",
         )
+    now = _whereabouts(wanted.storage_options)
+    for name, value in _whereabouts(begun.storage_options).items():
+        if value != now[name]:
+            key = f"checkpoint.storage_options.{name}"
+            raise RefusedError(
+                f"{record.run_id} has its checkpoints where {key} is {value or 'not set'}, and it now "
+                f"{f'says {now[name]}' if now[name] else 'is not set'}: it would begin at the beginning",
+                hint=f"leave {key} as it is, or begin another run:  orch submit … --new",
+            )
+
+
+def _whereabouts(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that decide which store a URI is in: the same bucket name may exist at another endpoint."""
+    client = options.get("client_kwargs")
+    below = client.get("endpoint_url") if isinstance(client, Mapping) else None
+    decisive = {name: options.get(name) for name in ("profile", "account_name", "account_host")}
+    return {"endpoint_url": options.get("endpoint_url") or below, **decisive}
 
 
 def _note_drift(record: Record, plan: Plan, drift: Sequence[Change]) -> None:

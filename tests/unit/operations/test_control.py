@@ -303,6 +303,25 @@ def test_a_run_is_not_sent_away_from_its_checkpoints(world: World, tmp_path: Pat
     assert world.resume(run).action == "resumed"
 
 
+def test_a_run_is_not_sent_to_another_endpoint_either(world: World) -> None:
+    world.spec.write_text(
+        world.spec.read_text() + "checkpoint: {uri: s3://b/x, storage_options: {endpoint_url: https://one}}\n"
+    )
+    run = world.ended("needs_resume", "preempted")
+    EventLog(world.paths(run), "rank0-000", attempt=0).append("checkpoint_committed", step=10, epoch=0, path="x")
+    options = "checkpoint.storage_options"
+    for given, told in {
+        "{endpoint_url: https://two}": f"{options}.endpoint_url is https://one, and it now says https://two",
+        "{client_kwargs: {endpoint_url: https://two}}": "it now says https://two",
+        "{}": "it now is not set",
+        "{endpoint_url: https://one, profile: other}": f"{options}.profile is not set, and it now says other",
+    }.items():
+        with pytest.raises(RefusedError, match=told):
+            world.resume(run, overrides=[f"{options}={given}"])
+    same = "{client_kwargs: {endpoint_url: https://one}, max_concurrency: 4}"
+    assert world.resume(run, overrides=[f"{options}={same}"]).action == "resumed"
+
+
 def test_resume_of_what_runs_or_is_done_does_nothing(world: World) -> None:
     run, agent = world.running()
     assert world.resume(run).action == "already_running"
