@@ -485,7 +485,9 @@ class Checkpoint(_Section):
     every_epochs: Steps | None = Field(
         1, description="Save at the end of every so many epochs; null = never for this reason."
     )
-    keep_last: Positive = Field(3, description="Checkpoints kept; the newest two verified ones always stay.")
+    keep_last: Positive = Field(
+        3, description="Newest checkpoints kept; at least two. Older ones go after the newest was read back."
+    )
     asynchronous: bool = Field(
         False,
         alias="async",
