@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.backends import open_backend
-from orchestrator.checkpoint import CheckpointStore, Listed, Manifest, Refuge, Retention, open_store, take_over
+from orchestrator.checkpoint import CheckpointStore, Listed, Manifest, Refuge, Retention, open_store
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, RefusedError
 from orchestrator.operations.describe import OpenBackend
 from orchestrator.operations.record import Record, agent_plan, load_record
@@ -226,9 +226,10 @@ def collect_checkpoints(
         else:
             if (refuge := _refuge(store, paths)) is not None:
                 list(refuge.bring_to(store))  # the epoch opened here would make it dead
+            found = store.find(keep=False)  # before the lock: whoever resumes the run does not wait for a download
             with run_lock(paths):  # nobody resumes it in between
                 _at_rest(paths, open_backend, "collect")
-                _, fence = take_over(store, attempt=attempt, keep=False)  # nobody loads it here
+                fence = store.open_epoch(attempt=attempt, base=found.manifest if found else None)
             removed = store.collect_garbage(fence, **rules)
             EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))
     steps = tuple(manifest.step for manifest in store.manifests() if manifest.name.manifest not in removed)
