@@ -22,10 +22,15 @@ class Vanished(Exception):
 
 @dataclass(frozen=True)
 class Problem:
-    """Why the bytes of a data file cannot be used; `certain` when they were read and are wrong."""
+    """Why the bytes of a data file cannot be used; `certain` when they were read and are wrong.
+
+    `lasting`: they could not be read, and will not come back by waiting (a bad sector). Whatever else keeps somebody
+    from reading (rights, time, room, a network) says nothing about the bytes.
+    """
 
     words: str
     certain: bool
+    lasting: bool = False
 
 
 class Medium(Protocol):

@@ -16,7 +16,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -62,6 +62,7 @@ _MUTE = "400"  # all that HEAD, whose answers have no body, can say of expired c
 PATIENCE_S = 60.0
 _LEAST_S = 5.0  # for one request, however little patience is left: 0 would never succeed
 _POINTER_TRIES = 10
+_SECOND_LOOK_S = 0.5
 
 
 class ObjectStore(Store):
@@ -171,30 +172,72 @@ class Bucket:
         self, entry: FileEntry, *, committed: Callable[[], bool], keep: bool = False, reading: Reading | None = None
     ) -> Problem | None:
         """See Medium.examine; kept as a local file."""
+        for delay in (_SECOND_LOOK_S, None):  # before a mismatch or an absence is believed
+            problem = self._look(entry, committed, keep, reading)
+            if problem is None and keep:
+                self._kept.add(entry.name)
+            if problem is None or not problem.certain or delay is None:
+                break
+            self._sleep(delay)
+        return problem
+
+    def _look(
+        self, entry: FileEntry, committed: Callable[[], bool], keep: bool, reading: Reading | None
+    ) -> Problem | None:
         try:
-            problem = self._download(entry, keep, reading)
-            if problem is not None:  # a second look before a mismatch is believed
-                problem = self._download(entry, keep, reading)
+            words = self._download(entry, keep, reading)
+        except FileNotFoundError as error:
+            if not committed():
+                raise Vanished(entry.name) from error
+            # Of a name that is still listed, "not found" says that a server is not well: that is no damage.
+            gone = entry.name not in self.names()
+            return Problem(f"{entry.name} is {'missing' if gone else 'listed, but not found'}", certain=gone)
         except OSError as error:
             if not committed():
                 raise Vanished(entry.name) from error
-            gone = isinstance(error, FileNotFoundError)
-            return Problem(f"{entry.name} is missing" if gone else describe(error), certain=gone)
-        if problem is None and keep:
-            self._kept.add(entry.name)
-        return None if problem is None else Problem(problem, certain=True)
+            return Problem(describe(error), certain=False)
+        return None if words is None else Problem(words, certain=True)
 
     def fetch(self, entry: FileEntry, copy: BinaryIO, *, reading: Reading | None) -> str | None:
         """See Medium.fetch."""
-        return self._receive(entry, copy, reading)
+        return self._receive(entry, copy.write, reading)
 
     def _download(self, entry: FileEntry, keep: bool, reading: Reading | None) -> str | None:
-        if keep:
+        if not keep:
+            return self._receive(entry, lambda chunk: None, reading)
+        with self._in_scratch():
             self._require_room(entry.size)
-        with (self.local(entry.name) if keep else Path(os.devnull)).open("wb") as staged:
-            return self._receive(entry, staged, reading)
+            staged = self.local(entry.name).open("wb")
 
-    def _receive(self, entry: FileEntry, copy: BinaryIO, reading: Reading | None) -> str | None:
+        def write(chunk: bytes) -> None:
+            with self._in_scratch():
+                staged.write(chunk)
+
+        whole = False
+        try:
+            problem = self._receive(entry, write, reading)
+            with self._in_scratch():
+                staged.close()
+            whole = problem is None
+        finally:
+            if not whole:  # else every damaged candidate takes the room of a checkpoint
+                with suppress(OSError):  # of what it could not write before
+                    staged.close()
+                self.local(entry.name).unlink(missing_ok=True)
+        return problem
+
+    @contextmanager
+    def _in_scratch(self) -> Iterator[None]:
+        """What goes wrong in the local directory must not be taken for a trouble of the object."""
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot load a checkpoint through {self.scratch}: {describe(error)}",
+                hint="nothing was changed; make room there, or name another directory as checkpoint.scratch",
+            ) from error
+
+    def _receive(self, entry: FileEntry, write: Callable[[bytes], object], reading: Reading | None) -> str | None:
         """What is wrong with the object, once all of it has arrived. Raises OSError: to be cut short is no damage."""
         size = self._size(entry.name)
         self._largest = max(self._largest, size)
@@ -203,7 +246,7 @@ class Bucket:
         digest = hashlib.sha256()
         for chunk in self._chunks(entry.name, size):
             digest.update(chunk)
-            copy.write(chunk)
+            write(chunk)
             if reading is not None:
                 reading(len(chunk))
         if digest.hexdigest() != entry.sha256:

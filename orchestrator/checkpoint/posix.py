@@ -108,7 +108,8 @@ class Directory:
                     raise Vanished(entry.name) from error
                 # Of a name that is still listed, "no such file" says that a server is not well: that is no damage.
                 gone = error.errno == errno.ENOENT and entry.name not in self.names()
-                problem = Problem(f"{entry.name} is missing" if gone else describe(error), certain=gone)
+                words = f"{entry.name} is missing" if gone else describe(error)
+                problem = Problem(words, certain=gone, lasting=error.errno == errno.EIO)
             else:
                 problem = None if words is None else Problem(words, certain=True)
                 mismatches += problem is not None

@@ -77,6 +77,7 @@ class Store:
         # What the last `find` passed over: a claim may bury it. `_unreadable`: content unknown because of I/O errors.
         self._passed_over: set[CheckpointName] = set()
         self._unreadable: set[CheckpointName] = set()
+        self._bad_sectors: set[CheckpointName] = set()  # of these, the ones that no waiting will help
         self._read_back: set[CheckpointName] = set()  # their bytes have matched
 
     def weaknesses(self) -> tuple[str, ...]:
@@ -195,6 +196,7 @@ class Store:
         lineage = self._lineage(names)
         self._passed_over.clear()
         self._unreadable.clear()
+        self._bad_sectors.clear()
         skipped = [Skipped(self._locate(fence_name(epoch)), why) for epoch, why in lineage.damaged.items()]
         damaged = [name for name in _quarantined(names) if lineage.is_live(name.fence_epoch, name.step)]
         live: list[Manifest] = []
@@ -213,6 +215,7 @@ class Store:
                 newer = [s for s in skipped if not _is_older(s, manifest)]
                 return self._found(manifest, sorted(newer, key=lambda s: s.name, reverse=True))
             if manifest.name in self._unreadable:
+                self._refuse_to_pass_over(manifest, problem)
                 self._passed_over.add(manifest.name)
                 skipped.append(Skipped(self._locate(manifest.name.data), problem))
             else:
@@ -224,6 +227,15 @@ class Store:
     def _found(self, manifest: Manifest, skipped: Iterable[Skipped], only: Container[str] | None = None) -> Found:
         names = [entry.name for entry in manifest.files if only is None or entry.name in only]
         return Found(manifest, {name: self.medium.local(name) for name in names}, tuple(skipped))
+
+    def _refuse_to_pass_over(self, manifest: Manifest, problem: str) -> None:
+        # An attempt that starts from an older one makes this one dead for good, and it may be fine a minute later.
+        if manifest.name not in self._bad_sectors:
+            raise CheckpointError(
+                f"{self._locate(manifest.name.data)} cannot be read now: {problem}",
+                hint="nothing was changed; resume the run when the cause is mended, or give that checkpoint up with "
+                "`orch ckpt rollback`",
+            )
 
     def _refuse_to_start_over(self, damaged: Sequence[CheckpointName], skipped: Sequence[Skipped]) -> None:
         # An attempt that starts from scratch makes every older checkpoint dead for good. When there was work to lose,
@@ -333,9 +345,12 @@ class Store:
             if problem is not None:
                 if not problem.certain:
                     self._unreadable.add(manifest.name)
+                if problem.lasting:
+                    self._bad_sectors.add(manifest.name)
                 return problem.words
         if only is not None:
             return None
+        self._unreadable.discard(manifest.name)
         problem_of_all = self._incomplete(manifest) if manifest.sharded else None
         if problem_of_all is None:
             self._read_back.add(manifest.name)
@@ -667,12 +682,12 @@ class Store:
                 _log.warning("not removing old checkpoints: %s", "; ".join(lineage.damaged.values()))
                 return []
             live = self._load_live(names, lineage)
-            victims = _victims(names, lineage, live, kept(live, retention), fence.epoch)
+            victims = self._victims(names, lineage, live, kept(live, retention), fence.epoch)
             if victims:
                 note("gc-verify")
                 self._require_readable(live[0], fence)
                 if retention.keep_best is not None:
-                    victims = _victims(names, lineage, live, self._sound(live, retention, fence), fence.epoch)
+                    victims = self._victims(names, lineage, live, self._sound(live, retention, fence), fence.epoch)
                 self._correct_pointer(live[0], fence, note)
             removed = self._remove(victims, names, note)
             note("gc-sweep")
@@ -688,10 +703,33 @@ class Store:
             live = self._load_live(names, lineage)
             epoch = lineage.highest + 1
             keep = kept(live, Retention(keep_last, keep_every, keep_best))
-            victims = _victims(names, lineage, live, keep, epoch)
+            victims = self._victims(names, lineage, live, keep, epoch)
             doomed = [name.manifest for name in victims] + _data_of(victims, names)
             left = set(names) - set(doomed)
             return doomed + [name for name in names if name in left and self._is_leftover(name, epoch, left)]
+
+    def _victims(
+        self,
+        names: Iterable[str],
+        lineage: Lineage,
+        live: Sequence[Manifest],
+        keep: set[CheckpointName],
+        epoch: int,
+    ) -> list[CheckpointName]:
+        """What the attempt of this fence epoch may remove: live ones that nobody wants, dead ones of older epochs."""
+        if not live:
+            return []
+        unwanted = [manifest.name for manifest in live if manifest.name not in keep]
+        dead = [
+            name
+            for name in _manifest_names(names)
+            if name.fence_epoch < epoch and not lineage.is_live(name.fence_epoch, name.step)
+        ]
+        return [name for name in (*unwanted, *dead) if not self._is_spared(name)]
+
+    def _is_spared(self, name: CheckpointName) -> bool:
+        """Whether errors alone made it dead, or it could not be set aside: somebody may still want its bytes."""
+        return name in self._passed_over or name in self._unreadable
 
     def _sound(self, live: Sequence[Manifest], retention: Retention, fence: Fence) -> set[CheckpointName]:
         """What stays, after the best were read back: a damaged one must not push out a valid one."""
@@ -752,7 +790,7 @@ class Store:
         if self.medium.is_stale(file_name, epoch):
             return True
         name = _part_of(file_name)
-        if name is None or name.fence_epoch >= epoch:
+        if name is None or name.fence_epoch >= epoch or self._is_spared(name):
             return False
         return name.manifest not in committed
 
@@ -792,20 +830,6 @@ def _part_of(file_name: str) -> CheckpointName | None:
     """The checkpoint that a file holds data of; None for a manifest and for anything else."""
     name = CheckpointName.of(file_name)
     return None if name is None or file_name == name.manifest else name
-
-
-def _victims(
-    names: Iterable[str], lineage: Lineage, live: Sequence[Manifest], keep: set[CheckpointName], epoch: int
-) -> list[CheckpointName]:
-    """What the attempt of this fence epoch may remove: live ones that nobody wants, and dead ones of older epochs."""
-    if not live:
-        return []
-    unwanted = [manifest.name for manifest in live if manifest.name not in keep]
-    return unwanted + [
-        name
-        for name in _manifest_names(names)
-        if name.fence_epoch < epoch and not lineage.is_live(name.fence_epoch, name.step)
-    ]
 
 
 def _data_of(victims: Sequence[CheckpointName], names: Iterable[str]) -> list[str]:

@@ -8,10 +8,11 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import Fence, Manifest, PosixStore, take_over
+from orchestrator.checkpoint import Fence, Manifest, PosixStore, posix, take_over
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 
 COMMIT = [
@@ -296,17 +297,50 @@ def unreadable(manifest: Manifest) -> None:
     manifest.path.mkdir()
 
 
-def test_what_cannot_be_read_is_passed_over_but_not_condemned(store: PosixStore) -> None:
+def bad_sector(manifest: Manifest, patch: pytest.MonkeyPatch) -> None:
+    original = posix._mismatch
+
+    def mismatch(path: Path, *args: Any) -> str | None:
+        if path == manifest.path:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(path, *args)
+
+    patch.setattr(posix, "_mismatch", mismatch)
+
+
+def test_a_bad_sector_is_passed_over_but_not_condemned(store: PosixStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1)
+    manifest = save(store, fence, 2)
+    bad_sector(manifest, monkeypatch)
+    reader = PosixStore(store.directory, sleep=lambda s: None)
+    result, fence = take_over(reader, attempt=1)
+    assert result is not None
+    assert result.manifest.step == 1
+    assert "EIO" in result.skipped[0].reason
+    for step in (2, 3, 4):
+        save(reader, fence, step)
+    assert [m.step for m in reader.manifests()] == [4, 3, 2, 1]
+    reader.collect_garbage(fence, keep_last=2)
+    assert [m.step for m in reader.manifests()] == [4, 3]
+    assert {manifest.name.data, manifest.name.manifest} <= set(names(store))
+
+
+def test_the_newest_is_not_given_up_for_an_error_of_the_moment(store: PosixStore) -> None:
     _, fence = take_over(store, attempt=0)
     save(store, fence, 1)
     manifest = save(store, fence, 2)
     unreadable(manifest)
     reader = PosixStore(store.directory, sleep=lambda s: None)
+    with pytest.raises(CheckpointError, match=f"{manifest.name.data}.*EISDIR") as caught:
+        take_over(reader, attempt=1)
+    assert "nothing was changed" in (caught.value.hint or "")
+    assert not (store.directory / "epoch-0002.json").exists()
+    manifest.path.rmdir()
+    manifest.path.with_name("kept").rename(manifest.path)
     result, _ = take_over(reader, attempt=1)
     assert result is not None
-    assert result.manifest.step == 1
-    assert "EISDIR" in result.skipped[0].reason
-    assert manifest.path.with_name(manifest.name.manifest).exists()
+    assert result.manifest == manifest
 
 
 def test_when_nothing_can_be_read_the_run_waits_instead_of_starting_over(store: PosixStore) -> None:

@@ -1,0 +1,158 @@
+"""What an object store may answer wrongly, and what goes wrong on this side of it; over fsspec's memory."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.checkpoint import Fence, Manifest, take_over
+from orchestrator.checkpoint.objects import ObjectStore
+from orchestrator.errors import CheckpointCorrupt, CheckpointError
+
+Open = Callable[[], ObjectStore]
+
+
+@pytest.fixture
+def open_again(tmp_path: Path) -> Open:
+    def opened() -> ObjectStore:
+        url, scratch = f"memory:/{tmp_path}/run", tmp_path / "scratch"
+        return ObjectStore(url, scratch=scratch, sleep=lambda s: None, patience_s=lambda: 0.1)
+
+    return opened
+
+
+@pytest.fixture
+def store(open_again: Open) -> ObjectStore:
+    return open_again()
+
+
+def save(store: ObjectStore, fence: Fence, step: int) -> Manifest:
+    return store.commit(fence, lambda f: f.write(b"%d" % step * 100), step=step, epoch=0, world_size=1)
+
+
+def failing(store: ObjectStore, manifest: Manifest, error: OSError, times: int = 10**6) -> None:
+    """The next requests for that object's size end so."""
+    original, left = store._bucket._size, iter(range(times))
+
+    def size(name: str) -> int:
+        if name == manifest.name.data and next(left, None) is not None:
+            raise error
+        return original(name)
+
+    store._bucket._size = size  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ETIMEDOUT, "no answer in time"),
+        OSError(errno.EKEYEXPIRED, "expired"),
+        PermissionError(errno.EACCES, "forbidden"),
+        OSError(errno.EIO, "the answer was cut short"),
+        FileNotFoundError("of a name that is listed"),
+    ],
+)
+def test_the_newest_is_not_given_up_for_an_error_of_the_moment(
+    store: ObjectStore, open_again: Open, error: OSError
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1)
+    newest = save(store, fence, 2)
+    troubled = open_again()
+    failing(troubled, newest, error)
+    before = sorted(store.medium.names())
+    with pytest.raises(CheckpointError, match=newest.name.data) as caught:
+        take_over(troubled, attempt=1)
+    assert not isinstance(caught.value, CheckpointCorrupt)
+    assert "nothing was changed" in (caught.value.hint or "")
+    assert sorted(store.medium.names()) == before
+    result, _ = take_over(open_again(), attempt=1)
+    assert result is not None
+    assert result.manifest == newest
+
+
+def test_a_single_false_not_found_is_not_believed(store: ObjectStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1)
+    newest = save(store, fence, 2)
+    troubled = open_again()
+    failing(troubled, newest, FileNotFoundError("once"), times=1)
+    asked, lacking = troubled._bucket.names, [True]
+
+    def names() -> list[str]:  # late as well, for as long as the object is "not found"
+        return [name for name in asked() if name != newest.name.data or not lacking]
+
+    troubled._bucket.names = names  # type: ignore[method-assign]
+    troubled._bucket._sleep = lambda seconds: lacking.clear()
+    result = troubled.find()
+    assert result is not None
+    assert result.manifest == newest
+    assert not [name for name in store.medium.names() if "corrupt" in name]
+
+
+def test_a_full_scratch_directory_is_named_and_no_fault_of_the_checkpoint(
+    store: ObjectStore, open_again: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1)
+    newest = save(store, fence, 2)
+    usage = shutil.disk_usage(store._bucket.scratch)
+    reader = open_again()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+        with pytest.raises(CheckpointError, match="ENOSPC") as caught:
+            take_over(reader, attempt=1)
+    assert str(reader._bucket.scratch) in caught.value.message
+    result, _ = take_over(reader, attempt=1)
+    assert result is not None
+    assert result.manifest == newest
+
+
+def test_a_scratch_directory_that_fills_up_on_the_way(
+    store: ObjectStore, open_again: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    newest = save(store, fence, 2)
+    opened = Path.open
+
+    def full(path: Path, *args: Any, **kwargs: Any) -> Any:
+        return opened(Path("/dev/full") if path.name == newest.name.data else path, *args, **kwargs)
+
+    reader = open_again()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(CheckpointError, match="ENOSPC") as caught:
+            reader.find()
+    assert str(reader._bucket.scratch) in caught.value.message
+
+
+def test_damaged_candidates_take_no_room_in_the_scratch_directory(store: ObjectStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    good = save(store, fence, 1)
+    for step in (2, 3, 4):
+        store.medium.replace(save(store, fence, step).name.data, b"z" * 100)
+    reader = open_again()
+    result = reader.find()
+    assert result is not None
+    assert os.listdir(reader._bucket.scratch) == [good.name.data]  # noqa: PTH208 - names, not paths
+
+
+def test_a_download_that_breaks_off_leaves_nothing(store: ObjectStore, open_again: Open) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1)
+    reader = open_again()
+
+    def broken(*args: Any) -> Any:
+        yield b"1"
+        raise OSError(errno.ETIMEDOUT, "no answer in time")
+
+    reader._bucket._chunks = broken  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="no answer in time"):
+        reader.find()
+    assert list(reader._bucket.scratch.iterdir()) == []
