@@ -37,6 +37,7 @@ class Medium(Protocol):
     """One flat collection of files; names are plain."""
 
     uri: str
+    lists_at_once: bool  # False where a listing comes in pages: a later page may show what is younger than a fence
 
     def names(self) -> list[str]:
         """All names; none when the place does not exist yet."""

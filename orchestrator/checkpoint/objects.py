@@ -111,6 +111,8 @@ class ObjectStore(Store):
 class Bucket:
     """A medium: one object per file. `patience_s` says how long an operation may be tried again, at its start."""
 
+    lists_at_once = False
+
     def __init__(
         self,
         url: str,

@@ -50,6 +50,8 @@ class PosixStore(Store):
 class Directory:
     """A medium: small files by link and rename, every change followed by fsync of the directory."""
 
+    lists_at_once = True
+
     def __init__(
         self, path: Path, *, sleep: Callable[[float], None] = time.sleep, link: Callable[[Path, Path], None] = os.link
     ) -> None:

@@ -97,7 +97,8 @@ class CheckpointStore(Protocol):
         """Claim the run for `attempt`, going on from `base`; from now on older attempts are fenced.
 
         Raises Fenced when a later attempt already owns the run, CheckpointError when a live checkpoint newer than
-        `base` exists (unless `discard_newer`: it would become invisible), or the claim cannot be written.
+        `base` exists (unless `discard_newer`: it would become invisible), `base` does not count any more, or the claim
+        cannot be written.
         """
         ...
 
@@ -247,8 +248,9 @@ def take_over(store: CheckpointStore, *, attempt: int) -> tuple[Found | None, Fe
         except (Fenced, CheckpointCorrupt):
             raise
         except CheckpointError:
-            newest = store.manifests()[:1]
-            moved = bool(newest) and (base is None or newest[0].rank > base.rank)
-            if not moved or not retries_left:
+            live = store.manifests()
+            gone = base is not None and base.name not in (manifest.name for manifest in live)  # collected, or replaced
+            moved = bool(live) and (base is None or live[0].rank > base.rank)
+            if not (gone or moved) or not retries_left:
                 raise
     raise AssertionError("unreachable")

@@ -125,8 +125,8 @@ class Store:
     def _names(self) -> list[str]:
         """What lies in the medium, and the fences of both places."""
         names = self.medium.names()  # first: whatever is published later, a fence seen afterwards may bury
-        elsewhere = (name for place in self._fences if place is not self.medium for name in place.names())
-        return [*names, *{n for n in elsewhere if parse_fence_name(n) is not None}.difference(names)]
+        afterwards = [place for place in self._fences if place is not self.medium or not place.lists_at_once]
+        return [*names, *_fence_names(afterwards).difference(names)]
 
     def inventory(self, *, waiting: Medium | None = None) -> list[Listed]:
         """See CheckpointStore.inventory."""
@@ -408,6 +408,13 @@ class Store:
                 hint="the run goes on in the other attempt. If there is none, because the run directory was removed "
                 f"and its checkpoints were not, remove {self.uri} too",
             )
+        if base is not None and not lineage.is_live(base.fence_epoch, base.step):
+            # A fence was seen too late by the reader: to go on from there would bury the work of the attempt behind it.
+            raise CheckpointError(
+                f"the checkpoint of step {base.step} does not count any more: "
+                + lineage.explain(base.fence_epoch, base.step),
+                hint="look for the newest checkpoint again and start from that",
+            )
         if not discard_newer:
             self._require_newest(base, self._load_live(names, lineage))
         # Numbers in file names count too: a directory whose fences were lost must not hand out a number twice.
@@ -653,10 +660,10 @@ class Store:
 
     def _require_ownership(self, fence: Fence) -> None:
         with self._translated("check who owns the run"):
-            names = self._names()
-            if max((e for n in names if (e := parse_fence_name(n)) is not None), default=0) <= fence.epoch:
+            epochs = (parse_fence_name(name) or 0 for name in _fence_names(self._fences))
+            if max(epochs, default=0) <= fence.epoch:
                 return
-            if successor := self._lineage(names).successor(fence):
+            if successor := self._lineage(self._names()).successor(fence):
                 raise _fenced(fence.attempt, successor)
 
     # --- garbage
@@ -824,6 +831,10 @@ def describe(error: OSError) -> str:
 
 def _manifest_names(names: Iterable[str]) -> list[CheckpointName]:
     return [name for n in names if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
+
+
+def _fence_names(places: Iterable[Medium]) -> set[str]:
+    return {name for place in places for name in place.names() if parse_fence_name(name) is not None}
 
 
 def _part_of(file_name: str) -> CheckpointName | None:

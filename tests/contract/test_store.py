@@ -380,6 +380,27 @@ def test_whoever_looks_without_loading_keeps_no_copy(
         assert list((tmp_path / "scratch").rglob("*.ckpt")) == []
 
 
+def test_what_was_listed_before_a_fence_that_buries_it_is_no_base(store: CheckpointStore, open_again: Open) -> None:
+    _, old = take_over(store, attempt=0)
+    save(store, old, 100)
+    fooled = open_again()
+    original = fooled.find
+
+    def find_too_early() -> Found | None:
+        fooled.find = original  # type: ignore[method-assign]
+        zombie = save(store, old, 150)
+        new_store = open_again()
+        base = next(manifest for manifest in new_store.manifests() if manifest.step == 100)
+        save(new_store, new_store.open_epoch(attempt=1, base=base, discard_newer=True), 110)
+        return Found(zombie, {}, ())
+
+    fooled.find = find_too_early  # type: ignore[method-assign]
+    result, fence = take_over(fooled, attempt=2)
+    assert result is not None
+    assert result.manifest.step == fence.base_step == 110
+    assert steps(store) == [110, 100]
+
+
 # --- damage
 
 

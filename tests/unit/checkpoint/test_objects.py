@@ -156,3 +156,29 @@ def test_a_download_that_breaks_off_leaves_nothing(store: ObjectStore, open_agai
     with pytest.raises(CheckpointError, match="no answer in time"):
         reader.find()
     assert list(reader._bucket.scratch.iterdir()) == []
+
+
+def test_a_fence_that_a_listing_in_pages_missed_buries_what_a_later_page_shows(
+    store: ObjectStore, open_again: Open
+) -> None:
+    _, old = take_over(store, attempt=0)
+    base = save(store, old, 100)
+    reader = open_again()
+    asked, first = reader._bucket.names, [True]
+
+    def in_pages() -> list[str]:
+        if not first:
+            return asked()
+        first.clear()
+        fences = [name for name in asked() if name.startswith("epoch-")]
+        new_store = open_again()
+        save(new_store, new_store.open_epoch(attempt=1, base=base), 110)
+        store._require_ownership = lambda fence: None  # type: ignore[method-assign]  # paused since its last question
+        save(store, old, 150)
+        return fences + [name for name in asked() if not name.startswith("epoch-")]
+
+    reader._bucket.names = in_pages  # type: ignore[method-assign]
+    result = reader.find()
+    assert result is not None
+    assert result.manifest.step == 110
+    assert "replaced" in result.skipped[0].reason
