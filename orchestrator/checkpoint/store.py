@@ -392,10 +392,11 @@ class Store:
                 names = self._names()
                 fence = self._next_fence(names, attempt, base, discard_newer)
                 note("fence-create")
-                if self._claim(fence, note):
+                if not self._claim(fence, note):
+                    continue
+                note("fence-check")
+                if self._confirm_epoch(fence, base):
                     break
-            note("fence-check")
-            self._confirm_epoch(fence, base)
         if base is not None:
             self._point_to(base.name, fence, note)  # it may still name a checkpoint that was set aside
         return fence
@@ -453,8 +454,27 @@ class Store:
 
         return self._claims.create(fence.file_name, fence.render(), note=note, mine=mine)
 
-    def _confirm_epoch(self, fence: Fence, base: Manifest | None) -> None:
-        """Look again now that the epoch exists; what happened in between is either visible or bounded by it."""
+    def _rival(self, fence: Fence) -> Fence | None:
+        """Whoever's fence all readers see in the place of this one.
+
+        Two can have the same number: where a store ignores the condition, or one claimed it on the disk and the other
+        in the store.
+        """
+        with suppress(FileNotFoundError, ValueError):  # of an emergency save the fence lies elsewhere; damage is nobody
+            seen = parse_fence(self._fence_bytes(fence.epoch), epoch=fence.epoch)
+            if seen.nonce != fence.nonce:
+                return seen
+        return None
+
+    def _confirm_epoch(self, fence: Fence, base: Manifest | None) -> bool:
+        """Look again now that the epoch exists; what happened in between is either visible or bounded by it.
+
+        False when an attempt that is not newer has the same number: then another one will settle it.
+        """
+        if rival := self._rival(fence):
+            if rival.attempt > fence.attempt:
+                raise _fenced(fence.attempt, rival)
+            return False
         names = self._names()
         lineage = self._lineage(names)
         if successor := lineage.successor(fence):
@@ -466,6 +486,7 @@ class Store:
                 f"{base.name.manifest} was removed while this attempt was starting",
                 hint="look for the newest checkpoint again and start from that",
             )
+        return True
 
     def commit(
         self,
@@ -660,6 +681,8 @@ class Store:
 
     def _require_ownership(self, fence: Fence) -> None:
         with self._translated("check who owns the run"):
+            if rival := self._rival(fence):
+                raise _fenced(fence.attempt, rival)
             epochs = (parse_fence_name(name) or 0 for name in _fence_names(self._fences))
             if max(epochs, default=0) <= fence.epoch:
                 return

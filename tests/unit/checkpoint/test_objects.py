@@ -13,7 +13,7 @@ import pytest
 
 from orchestrator.checkpoint import Fence, Manifest, take_over
 from orchestrator.checkpoint.objects import ObjectStore
-from orchestrator.errors import CheckpointCorrupt, CheckpointError
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 
 Open = Callable[[], ObjectStore]
 
@@ -182,3 +182,66 @@ def test_a_fence_that_a_listing_in_pages_missed_buries_what_a_later_page_shows(
     assert result is not None
     assert result.manifest.step == 110
     assert "replaced" in result.skipped[0].reason
+
+
+def listing_late(store: ObjectStore) -> None:
+    """Its first look at the fences shows none; creating one overwrites what is there."""
+    asked, first = store._names, [True]
+
+    def names() -> list[str]:
+        if not first:
+            return asked()
+        first.clear()
+        return []
+
+    def create(name: str, data: bytes, **ignored: Any) -> bool:
+        store._claims.replace(name, data)
+        return True
+
+    store._names = names  # type: ignore[method-assign]
+    store._claims.create = create  # type: ignore[method-assign]
+
+
+def test_an_epoch_that_was_overwritten_belongs_to_the_other(store: ObjectStore, open_again: Open) -> None:
+    fence = store.open_epoch(attempt=0, base=None)
+    other = open_again()
+    listing_late(other)
+    theirs = other.open_epoch(attempt=1, base=None)
+    assert (fence.epoch, theirs.epoch) == (1, 1)
+    with pytest.raises(Fenced, match="attempt 1"):
+        save(store, fence, 10)
+    assert save(other, theirs, 5) == other.manifests()[0]
+
+
+@pytest.mark.parametrize(("attempt", "epoch"), [(0, None), (1, 2), (2, 2)])
+def test_the_same_number_on_the_disk_and_in_the_store(
+    store: ObjectStore, tmp_path: Path, attempt: int, epoch: int | None
+) -> None:
+    places = {"scratch": tmp_path / "scratch", "shared_disk": tmp_path / "disk", "sleep": lambda s: None}
+    on_disk = ObjectStore(store.uri, claim_on_disk=True, **places)  # type: ignore[arg-type]
+    in_store = ObjectStore(store.uri, claim_on_disk=False, **places)  # type: ignore[arg-type]
+    theirs = on_disk.open_epoch(attempt=1, base=None)
+    listing_late(in_store)
+    if epoch is None:
+        with pytest.raises(Fenced, match="attempt 1"):
+            in_store.open_epoch(attempt=attempt, base=None)
+        save(on_disk, theirs, 5)
+        return
+    fence = in_store.open_epoch(attempt=attempt, base=None)
+    assert (theirs.epoch, fence.epoch) == (1, epoch)
+    with pytest.raises(Fenced, match=f"attempt {attempt}"):
+        save(on_disk, theirs, 5)
+    save(in_store, fence, 5)
+
+
+def test_a_number_that_the_disk_had_already_is_noticed_at_the_next_save(store: ObjectStore, tmp_path: Path) -> None:
+    places = {"scratch": tmp_path / "scratch", "shared_disk": tmp_path / "disk", "sleep": lambda s: None}
+    in_store = ObjectStore(store.uri, claim_on_disk=False, **places)  # type: ignore[arg-type]
+    on_disk = ObjectStore(store.uri, claim_on_disk=True, **places)  # type: ignore[arg-type]
+    fence = in_store.open_epoch(attempt=0, base=None)
+    listing_late(on_disk)
+    theirs = on_disk.open_epoch(attempt=1, base=None)
+    assert fence.epoch == theirs.epoch
+    with pytest.raises(Fenced, match="attempt 1"):
+        save(in_store, fence, 10)
+    save(on_disk, theirs, 5)
