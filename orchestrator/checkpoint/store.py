@@ -620,8 +620,11 @@ class Store:
                 # Meanwhile a running attempt has swept data that had no manifest yet; it must not look like damage.
                 self.medium.remove((name.manifest,))
                 return False
-            newest = self._load_live(names, self._lineage(names))[0]
-            if newest.name == name:
+            lineage = self._lineage(names)
+            if not lineage.is_live(name.fence_epoch, name.step):  # an attempt has started without it meanwhile
+                self._discard(name)
+                return False
+            if [newest.name for newest in self._load_live(names, lineage)[:1]] == [name]:
                 self.medium.point_to(name.data, epoch=name.fence_epoch, note=_untraced)
         return True
 

@@ -909,6 +909,22 @@ def test_what_changes_on_its_way_in_is_not_published(store: CheckpointStore, ref
     assert steps(store) == []
 
 
+@pytest.mark.parametrize("earlier", [False, True], ids=["nothing else", "an older one"])
+def test_what_died_on_its_way_in_is_taken_back(
+    place: Place, store: CheckpointStore, open_again: Open, refuge: Refuge, earlier: bool
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    base = save(store, fence, 10) if earlier else None
+    manifest = save(refuge.open(), fence, 17)
+
+    def started_meanwhile(count: int) -> None:
+        open_again().open_epoch(attempt=1, base=base)
+
+    assert not store.adopt(manifest, refuge.store.medium, reading=started_meanwhile)
+    assert steps(open_again()) == ([10] if earlier else [])
+    assert of_step(place, 17) == []
+
+
 # --- what the place guarantees
 
 
