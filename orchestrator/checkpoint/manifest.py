@@ -108,7 +108,7 @@ class Manifest:
     image: str | None
     committed_at: float  # unix seconds, for people: nothing is ever decided by a clock
     directory: str = ""  # where it was read from; not part of the file
-    sequence: int = 0  # n-th commit of its attempt: tells two saves of the same step apart
+    sequence: int = 0  # n-th commit of its process: tells two saves of the same step apart
     base_step: int | None = None  # a copy of its epoch's base, should the fence file be damaged; -1 = from scratch
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)  # finite; as known when it was saved
     data: str | None = None  # fingerprint of the training data, where the training code gives one

@@ -49,6 +49,7 @@ from orchestrator.files import open_atomic, write_atomic
 _log = logging.getLogger(__name__)
 
 REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
+_commits = itertools.count()  # of this process: one that saves here and in the refuge must not start again at 0
 RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
@@ -73,7 +74,6 @@ class Store:
         self._clock = clock
         self._sleep = sleep
         self._node = node or os.environ.get("SLURMD_NODENAME") or os.uname().nodename
-        self._sequence = itertools.count()
         # What the last `find` passed over: a claim may bury it. `_unreadable`: content unknown because of I/O errors.
         self._passed_over: set[CheckpointName] = set()
         self._unreadable: set[CheckpointName] = set()
@@ -582,7 +582,7 @@ class Store:
             image=image,
             committed_at=self._clock(),
             directory=self.uri,
-            sequence=next(self._sequence),
+            sequence=next(_commits),
             base_step=fence.base_step,
             metrics=finite(metrics or {}),
             data=data,

@@ -857,6 +857,17 @@ def test_an_emergency_save_is_brought_in_and_resumed_from(
     assert steps(store) == [20, 17, 10]
 
 
+def test_an_emergency_save_of_a_step_that_was_saved_before_is_the_newer_one(
+    store: CheckpointStore, open_again: Open, refuge: Refuge
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    for step in (15, 16, 17):
+        save(store, fence, step)
+    refuge.open().commit(fence, lambda f: f.write(b"later"), step=17, epoch=0, world_size=1)
+    assert [b.published for b in refuge.bring_to(open_again())] == [True]
+    assert found(open_again()).path.read_bytes() == b"later"
+
+
 def test_to_bring_it_in_twice_changes_nothing(store: CheckpointStore, open_again: Open, refuge: Refuge) -> None:
     _, fence = take_over(store, attempt=0)
     save(refuge.open(), fence, 17)
