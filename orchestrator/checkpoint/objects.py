@@ -468,8 +468,12 @@ class Bucket:
         """Uploads that an attempt older than the one of that fence epoch began and did not finish."""
         bucket, prefix, _ = self._files.split_path(self._at(""))
         page: dict[str, Any] = {"IsTruncated": True}
+        before = None
         while page.get("IsTruncated"):
             markers = {f"{m}Marker": page[f"Next{m}Marker"] for m in ("Key", "UploadId") if page.get(f"Next{m}Marker")}
+            if markers == before:  # a server that says there is more, and not where: it would be asked for ever
+                return
+            before = markers
             page = self._ask("call_s3", "list_multipart_uploads", Bucket=bucket, Prefix=prefix, **markers)
             for upload in page.get("Uploads", []):
                 file_name = str(upload["Key"]).removeprefix(prefix)

@@ -245,3 +245,19 @@ def test_a_number_that_the_disk_had_already_is_noticed_at_the_next_save(store: O
     with pytest.raises(Fenced, match="attempt 1"):
         save(in_store, fence, 10)
     save(on_disk, theirs, 5)
+
+
+@pytest.mark.parametrize(("markers", "asked"), [({}, 1), ({"NextKeyMarker": "k/x"}, 2)])
+def test_a_list_of_uploads_that_never_ends_is_left(store: ObjectStore, markers: dict[str, str], asked: int) -> None:
+    bucket = store._bucket
+    bucket._is_s3, bucket._files.split_path = True, lambda path: ("b", "k/", None)
+    key = "k/step-000000001.e0001.0a0b0c0d.ckpt"
+    requests = []
+
+    def ask(operation: str, **kwargs: Any) -> Any:
+        requests.append(kwargs)
+        assert len(requests) < 10
+        return {"IsTruncated": True, "Uploads": [{"Key": key, "UploadId": "u"}], **markers}
+
+    bucket._ask = lambda caller, *args, **kwargs: ask(*args, **kwargs)  # type: ignore[method-assign]
+    assert len(list(bucket._uploads(9))) == asked == len(requests)
