@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from orchestrator.checkpoint.manifest import integer
+from orchestrator.checkpoint.manifest import MALFORMED, integer
 from orchestrator.errors import CheckpointCorrupt
 
 INDEX_VERSION = 1
@@ -90,7 +90,7 @@ def parse_index(data: bytes, *, file_name: str) -> Index:
             for name, tensor in fields["tensors"].items()
         }
         return Index(tuple(str(shard) for shard in fields["shards"]), tensors)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise CheckpointCorrupt(f"{file_name} is not an index: {type(error).__name__}: {error}") from error
 
 

@@ -25,6 +25,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.checkpoint.manifest import MALFORMED, integer
+
 FENCE_VERSION = 1
 FROM_SCRATCH = -1
 
@@ -90,18 +92,18 @@ def parse_fence(data: bytes, *, epoch: int) -> Fence:
     try:
         fields = json.loads(data)
         fence = Fence(
-            epoch=int(fields["epoch"]),
-            attempt=int(fields["attempt"]),
-            base_step=int(fields["base_step"]),
+            epoch=integer(fields["epoch"]),
+            attempt=integer(fields["attempt"]),
+            base_step=integer(fields["base_step"]),
             base=fields.get("base"),
             node=str(fields.get("node", "")),
-            pid=int(fields.get("pid", 0)),
+            pid=integer(fields.get("pid", 0)),
             nonce=str(fields.get("nonce", "")),
             opened_at=float(fields.get("opened_at", 0.0)),
             withdrawn=bool(fields.get("withdrawn", False)),
-            bases={int(key): int(step) for key, step in fields.get("bases", {}).items()},
+            bases={int(key): integer(step) for key, step in fields.get("bases", {}).items()},
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise ValueError(f"{fence_name(epoch)} is damaged: {type(error).__name__}: {error}") from error
     if fence.epoch != epoch:
         raise ValueError(f"{fence_name(epoch)} says it is epoch {fence.epoch}")

@@ -15,6 +15,8 @@ from typing import Any
 from orchestrator.errors import CheckpointCorrupt
 
 MANIFEST_VERSION = 1
+# What JSON of the wrong shape raises: Infinity and 1000 digits where a number is expected, brackets without end.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 DATA_SUFFIX = ".ckpt"
 MANIFEST_SUFFIX = ".json"
 CORRUPT_SUFFIX = ".corrupt"
@@ -185,7 +187,7 @@ def parse_manifest(data: bytes, *, file_name: str, directory: str) -> Manifest:
     try:
         fields = json.loads(data)
         manifest = _from_fields(fields, directory)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except MALFORMED as error:
         raise CheckpointCorrupt(f"{file_name} is not a manifest: {type(error).__name__}: {error}") from error
     if manifest.name.manifest != file_name:
         # A copied or renamed manifest must not be taken for another step: liveness is decided by the name.
@@ -209,13 +211,20 @@ def _from_fields(fields: Mapping[str, Any], directory: str) -> Manifest:
         files=tuple(FileEntry(str(f["name"]), integer(f["size"]), str(f["sha256"])) for f in fields["files"]),
         code_hash=None if code_hash is None else str(code_hash),
         image=None if image is None else str(image),
-        committed_at=float(fields["committed_at"]),
+        committed_at=_moment(fields["committed_at"]),
         directory=directory,
         sequence=integer(fields.get("sequence", 0)),
         base_step=None if base_step is None else integer(base_step),
         metrics=finite({str(name): float(value) for name, value in fields.get("metrics", {}).items()}),
         data=None if data is None else str(data),
     )
+
+
+def _moment(value: Any) -> float:
+    seconds = float(value)
+    if not math.isfinite(seconds):  # whoever shows it as a date would fail
+        raise ValueError(f"{seconds} is no moment")
+    return seconds
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -168,7 +168,20 @@ def test_fences_read_back() -> None:
 
 
 @pytest.mark.parametrize(
-    "data", [b"", b"{}", b"[]", b"7", b"\xff", b'{"epoch": 2, "attempt": 0}', Fence(3, 0, 1).render()]
+    "data",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b"7",
+        b"\xff",
+        b'{"epoch": 2, "attempt": 0}',
+        Fence(3, 0, 1).render(),
+        b'{"epoch": 2, "attempt": 0, "base_step": Infinity}',
+        b'{"epoch": 2, "attempt": 0, "base_step": 1.5}',
+        b'{"epoch": 2, "attempt": true, "base_step": 1}',
+        b"[" * 100_000,
+    ],
 )
 def test_damaged_fences_are_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"epoch-0002\.json"):

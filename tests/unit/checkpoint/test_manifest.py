@@ -114,6 +114,11 @@ def test_a_manifest_without_the_newer_fields_is_read() -> None:
         changed(files=[]),
         changed(files=[{"name": "step-000000120.e0002.0123abcd.shard-0000.ckpt", "size": 1, "sha256": SHA}]),
         manifest().render()[:-30],
+        b"[" * 100_000,
+        changed(committed_at=10**400),
+        changed(committed_at=float("inf")),
+        changed(committed_at=float("nan")),
+        changed(step=float("inf")),
     ],
 )
 def test_damaged_manifests_are_told_from_good_ones(data: bytes) -> None:
