@@ -101,11 +101,11 @@ def test_a_full_scratch_directory_is_named_and_no_fault_of_the_checkpoint(
 ) -> None:
     _, fence = take_over(store, attempt=0)
     save(store, fence, 1)
-    newest = save(store, fence, 2)
+    newest = save(store, fence, 20)
     usage = shutil.disk_usage(store._bucket.scratch)
     reader = open_again()
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1))
+        patch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=150))  # enough for the older one
         with pytest.raises(CheckpointError, match="ENOSPC") as caught:
             take_over(reader, attempt=1)
     assert str(reader._bucket.scratch) in caught.value.message
