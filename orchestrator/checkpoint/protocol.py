@@ -234,14 +234,17 @@ class CheckpointStore(Protocol):
         ...
 
 
-def take_over(store: CheckpointStore, *, attempt: int) -> tuple[Found | None, Fence]:
+def take_over(
+    store: CheckpointStore, *, attempt: int, accept: Callable[[Found | None], None] = lambda found: None
+) -> tuple[Found | None, Fence]:
     """Find the checkpoint to resume from and claim the run; the two are one step for everybody else.
 
     An older attempt that is still alive may commit between the two; then the newer checkpoint is taken. Raises as
-    `find` and `open_epoch` do.
+    `find` and `open_epoch` do, and as `accept`, which is asked before anything is claimed.
     """
     for retries_left in range(4, -1, -1):
         found = store.find()
+        accept(found)
         base = found.manifest if found else None
         try:
             return found, store.open_epoch(attempt=attempt, base=base)

@@ -14,7 +14,8 @@ from pathlib import Path
 from orchestrator.checkpoint.lineage import Fence
 from orchestrator.checkpoint.manifest import MANIFEST_SUFFIX, POINTER, CheckpointName, Manifest
 from orchestrator.checkpoint.posix import PosixStore
-from orchestrator.checkpoint.protocol import CheckpointStore, Reading
+from orchestrator.checkpoint.protocol import CheckpointStore, Found, Reading
+from orchestrator.errors import CheckpointCorrupt, CheckpointError
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Brought:
     manifest: Manifest
     published: bool  # it is in the store now; else it counts no longer, or is damaged
     problem: str | None = None
+    certain: bool = True  # False: `problem` is that it could not be read now, which says nothing about its content
 
 
 class Refuge:
@@ -32,6 +34,7 @@ class Refuge:
     def __init__(self, directory: Path) -> None:
         self.store = PosixStore(directory)
         self._damaged: set[CheckpointName] = set()
+        self._brought: dict[CheckpointName, Brought] = {}  # published, or with a problem
 
     def open(self) -> PosixStore:
         """The store, with its directory made. Raises CheckpointError."""
@@ -53,9 +56,41 @@ class Refuge:
             if problem is not None:
                 self._damaged.add(manifest.name)
             published = problem is None and store.adopt(manifest, self.store.medium, reading=_of(manifest, reading))
-            yield Brought(manifest, published, problem)
+            brought = Brought(manifest, published, problem, certain=not self.store.is_unreadable(manifest))
+            if published or problem is not None:
+                self._brought[manifest.name] = brought
+            yield brought
             if published:
                 return
+
+    def require_base(self, store: CheckpointStore, found: Found | None) -> None:
+        """That an epoch opened on top of `found` buries no emergency save whose content may be good.
+
+        After `bring_to`. Raises CheckpointError; CheckpointCorrupt where all that there is, is damaged.
+        """
+        above = [b for b in self._brought.values() if found is None or b.manifest.rank > found.manifest.rank]
+        if not above:
+            return
+        live = {listed.name for listed in store.inventory(waiting=self.store.medium) if listed.live}
+        for brought in above:
+            if brought.manifest.name not in live:
+                continue  # given up before, or a newer attempt is there: to open an epoch says so
+            step, location = brought.manifest.step, f"{self.store.uri}/{brought.manifest.name.data}"
+            if brought.problem is None:
+                raise CheckpointError(
+                    f"the emergency save of step {step} was brought to {store.uri}, but could not be read there",
+                    hint=f"nothing was changed, and {location} is still there; resume the run again",
+                )
+            if not brought.certain:
+                raise CheckpointError(
+                    f"the emergency save {location} cannot be read: {brought.problem}",
+                    hint="nothing was changed; when the file system is well again, resume the run",
+                )
+            if found is None:
+                raise CheckpointCorrupt(
+                    f"the only checkpoint, the emergency save {location}, is damaged: {brought.problem}",
+                    hint="restore a copy of it, or move it and its manifest away to start from the beginning",
+                )
 
     def forget(self, published: Manifest) -> list[str]:
         """Remove the save that was published and verified, and those it has overtaken; returns the names."""

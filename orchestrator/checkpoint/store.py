@@ -323,6 +323,10 @@ class Store:
                 f"{vanished} was removed while it was read", hint="checkpoint.keep_last says how many stay"
             ) from None
 
+    def is_unreadable(self, manifest: Manifest) -> bool:
+        """Whether the last problem with it was that it could not be read: that says nothing about its content."""
+        return manifest.name in self._unreadable
+
     def _verify(
         self,
         manifest: Manifest,

@@ -345,7 +345,7 @@ class Session:
             log.warning("%s: %s", self.store.uri, weakness)
             self.event("action", action="weak_store", message=weakness)
         self._bring_in_emergency_saves()
-        found, self._fence = take_over(self.store, attempt=self.attempt)
+        found, self._fence = take_over(self.store, attempt=self.attempt, accept=self._accept)
         skipped = [{"path": skip.location, "reason": skip.reason} for skip in found.skipped] if found else []
         for skip in skipped:
             log.warning("passed over %s: %s", skip["path"], skip["reason"])
@@ -373,6 +373,11 @@ class Session:
             )
         return found
 
+    def _accept(self, found: Found | None) -> None:
+        """Before the claim, which makes everything beyond `found` dead. Raises CheckpointError."""
+        if self._refuge is not None:
+            self._refuge.require_base(self.store, found)
+
     @property
     def shares_files(self) -> bool:
         """Whether the file that rank 0 found is there for all ranks; else every node must `fetch` its own."""
@@ -389,6 +394,7 @@ class Session:
         for brought in self._refuge.bring_to(self.store):
             path = self.checkpoint_path(brought.manifest)
             if brought.problem is not None:
+                log.warning("passed over %s: %s", path, brought.problem)
                 self.event("checkpoint_rejected", path=path, reason=brought.problem)
             elif brought.published:
                 self.event(

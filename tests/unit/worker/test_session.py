@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -15,8 +16,10 @@ from typing import Any, BinaryIO, NoReturn
 
 import pytest
 
-from orchestrator.checkpoint import Best, PosixStore, Refuge
-from orchestrator.errors import CheckpointError, Fenced
+from orchestrator.checkpoint import Best, FileEntry, PosixStore, Refuge, posix
+from orchestrator.checkpoint.medium import Problem
+from orchestrator.checkpoint.store import Store
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
@@ -719,3 +722,90 @@ def test_the_session_needs_neither_torch_nor_pydantic() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+# --- emergency saves: what a claim would bury
+
+
+@pytest.fixture
+def store_url() -> str:
+    return f"memory://{os.urandom(4).hex()}/run"
+
+
+def in_refuge(session: Session) -> list[int]:
+    assert session._refuge is not None
+    return [manifest.step for manifest in session._refuge.store.manifests()]
+
+
+def unreadable(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], None]:
+    """Until the result is called, no checkpoint of that step can be read from a disk."""
+    mismatch = posix._mismatch
+
+    def stale(path: Path, *arguments: Any, **options: Any) -> str | None:
+        if f"step-{step:09d}" in path.name:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return mismatch(path, *arguments, **options)
+
+    monkeypatch.setattr(posix, "_mismatch", stale)
+    return lambda: monkeypatch.setattr(posix, "_mismatch", mismatch)
+
+
+def test_an_emergency_save_that_is_passed_over_in_the_store_is_not_buried(
+    start: Callable[..., Session], store_url: str
+) -> None:
+    first = start(ORCH_CHECKPOINT_URI=store_url)
+    first.resume()
+    first.commit(lambda file: file.write(b"a"), step=100, epoch=0)
+    first.commit_before_leaving(lambda file: file.write(b"b"), step=150, epoch=0)
+    second = start(attempt=1, ORCH_CHECKPOINT_URI=store_url)
+    assert isinstance(second.store, Store)
+    examine = second.store.medium.examine
+
+    def times_out(entry: FileEntry, **options: Any) -> Problem | None:
+        return Problem("no answer", certain=False) if "000150" in entry.name else examine(entry, **options)
+
+    second.store.medium.examine = times_out  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="could not be read there"):
+        second.resume()
+    assert in_refuge(second) == [150]
+    found = start(attempt=2, ORCH_CHECKPOINT_URI=store_url).resume()
+    assert found is not None
+    assert found.manifest.step == 150
+
+
+@pytest.mark.parametrize("before", [[], [30]], ids=["alone", "with an older one in the store"])
+def test_an_emergency_save_that_cannot_be_read_now_is_not_buried(
+    start: Callable[..., Session], monkeypatch: pytest.MonkeyPatch, store_url: str, before: list[int]
+) -> None:
+    first = start(ORCH_CHECKPOINT_URI=store_url)
+    first.resume()
+    for step in before:
+        first.commit(lambda file: file.write(b"x"), step=step, epoch=0)
+    first.commit_before_leaving(lambda file: file.write(b"x"), step=50, epoch=0)
+    well_again = unreadable(monkeypatch, 50)
+    with pytest.raises(CheckpointError, match="cannot be read") as refused:
+        start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume()
+    assert "nothing was changed" in str(refused.value.hint)
+    well_again()
+    found = start(attempt=2, ORCH_CHECKPOINT_URI=store_url).resume()
+    assert found is not None
+    assert found.manifest.step == 50
+
+
+def test_a_damaged_emergency_save_is_passed_over_unless_it_is_all_there_is(
+    start: Callable[..., Session], store_url: str
+) -> None:
+    first = start(ORCH_CHECKPOINT_URI=store_url)
+    first.resume()
+    first.commit_before_leaving(lambda file: file.write(b"x"), step=50, epoch=0)
+    assert first._refuge is not None
+    (saved,) = first._refuge.store.manifests()
+    saved.path.write_bytes(b"short")
+    with pytest.raises(CheckpointCorrupt, match="the only checkpoint"):
+        start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume()
+    first.commit(lambda file: file.write(b"x"), step=40, epoch=0)
+    second = start(attempt=2, ORCH_CHECKPOINT_URI=store_url)
+    found = second.resume()
+    assert found is not None
+    assert found.manifest.step == 40
+    assert in_refuge(second) == [50]
