@@ -34,10 +34,11 @@ from orchestrator.checkpoint import (
     open_store,
     take_over,
 )
+from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.errors import CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
-from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter
+from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter, read_events
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker.background import BackgroundSave
 from orchestrator.worker.ranks import ATTACHED
@@ -377,6 +378,19 @@ class Session:
         """Before the claim, which makes everything beyond `found` dead. Raises CheckpointError."""
         if self._refuge is not None:
             self._refuge.require_base(self.store, found)
+        if found is None and not any(n.startswith("step-") or parse_fence_name(n) for n in self.store.sizes()):
+            self._refuse_to_forget()
+
+    def _refuse_to_forget(self) -> None:
+        """A place that was emptied, another one or a disk that is not mounted looks like a run that never saved."""
+        if not (steps := [event["step"] for event in read_events(self.paths) if _tells_of_a_checkpoint(event)]):
+            return
+        another = "orch submit --new SPEC" if self.managed else "start in another run directory"
+        raise CheckpointError(
+            f"this run has saved step {steps[-1]}, but there is nothing at all in {self.store.uri}",
+            hint="nothing was changed; mount or restore what was there, or set checkpoint.uri back; to start from the "
+            f"beginning, make another run:  {another}",
+        )
 
     @property
     def shares_files(self) -> bool:
@@ -797,6 +811,10 @@ class Session:
             self._progress.close()
         if self._scratch is not None:
             remove_scratch(self._scratch)
+
+
+def _tells_of_a_checkpoint(event: Mapping[str, Any]) -> bool:
+    return event["event"] == "checkpoint_committed" or event.get("action") == "pushed"
 
 
 def _make_scratch(identity: Identity, plan: Mapping[str, Any]) -> Path:

@@ -809,3 +809,37 @@ def test_a_damaged_emergency_save_is_passed_over_unless_it_is_all_there_is(
     assert found is not None
     assert found.manifest.step == 40
     assert in_refuge(second) == [50]
+
+
+# --- a place where the checkpoints are no longer
+
+
+@pytest.mark.parametrize("managed", [True, False])
+def test_a_run_that_has_saved_does_not_start_over_because_the_place_is_empty(
+    tmp_path: Path, start: Callable[..., Session], managed: bool
+) -> None:
+    first = start(managed=managed)
+    first.resume()
+    first.commit(lambda file: file.write(b"x"), step=3, epoch=0)
+    place = RunPaths(tmp_path).checkpoints
+    place.rename(tmp_path / "unmounted")
+    second = start(managed=managed, attempt=1)
+    with pytest.raises(CheckpointError, match="has saved step 3, but there is nothing at all") as refused:
+        second.resume()
+    assert ("--new" in str(refused.value.hint)) == managed
+    with pytest.raises(CheckpointError, match="nothing at all"):  # the refusal has left nothing that looks like a start
+        start(managed=managed, attempt=2).resume()
+    (tmp_path / "unmounted").rename(place)
+    assert start(managed=managed, attempt=3).resume() is not None
+
+
+def test_a_run_that_never_saved_or_whose_saves_were_moved_away_starts_from_the_beginning(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    for attempt in range(2):
+        session = start(attempt=attempt)
+        assert session.resume() is None
+    session.commit(lambda file: file.write(b"x"), step=3, epoch=0)
+    for path in RunPaths(tmp_path).checkpoints.glob("step-*"):
+        path.unlink()
+    assert start(attempt=2).resume() is None
