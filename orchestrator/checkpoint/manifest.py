@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import CheckpointCorrupt
+
+_log = logging.getLogger(__name__)
 
 MANIFEST_VERSION = 1
 # What JSON of the wrong shape raises: Infinity and 1000 digits where a number is expected, brackets without end.
@@ -228,8 +231,17 @@ def _moment(value: Any) -> float:
 
 
 def finite(metrics: Mapping[str, float]) -> dict[str, float]:
-    """The metrics that can be compared: NaN and infinity are none, and are no JSON (pure)."""
-    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+    """The metrics that can be compared, as numbers: NaN and infinity are none, and are no JSON."""
+    numbers = {}
+    for name, value in metrics.items():
+        try:
+            number = float(value)  # of one element, a tensor is a number
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            _log.warning("the metric %s is not saved with the checkpoint, it is no number: %s", name, error)
+            continue
+        if math.isfinite(number):
+            numbers[name] = number
+    return numbers
 
 
 def check_files(files: Sequence[FileEntry], name: CheckpointName) -> None:

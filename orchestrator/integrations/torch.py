@@ -250,7 +250,7 @@ class ResumableLoop:
         self._agreement.begin([int(self.session.stop_requested), int(by_time)], own_seconds)
         stop, save = self._agreement.finish()
         rank_seconds = self._rank_times.add(self._agreement.rank_seconds)
-        self.session.report(self.step, self.epoch, self._max_steps, rank_seconds=rank_seconds)
+        self.session.report(self.step, self.epoch, self._max_steps, rank_seconds=rank_seconds, stopping=bool(stop))
         if stop or save or self._schedule.due_at_step(self.step):
             self._save(leaving=bool(stop))
         if stop:

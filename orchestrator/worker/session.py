@@ -35,6 +35,7 @@ from orchestrator.checkpoint import (
     take_over,
 )
 from orchestrator.checkpoint.lineage import parse_fence_name
+from orchestrator.checkpoint.manifest import finite
 from orchestrator.errors import CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
@@ -459,8 +460,9 @@ class Session:
         fence = self._require_fence()
         self.finish_save()
         write = freeze()
+        known = finite(metrics or {})  # now: the loop goes on to change them
         self._in_flight = BackgroundSave(
-            lambda: self._commit(fence, write, step, epoch, metrics, emergency=False), lambda: self._tidy_up(fence)
+            lambda: self._commit(fence, write, step, epoch, known, emergency=False), lambda: self._tidy_up(fence)
         )
 
     def commit_before_leaving(
@@ -506,6 +508,10 @@ class Session:
         """As `finish_save`, but does not wait for old checkpoints to be removed."""
         if self._in_flight is not None:
             self._in_flight.wait_for_commit()
+            self._raise_failed_save()
+
+    def _raise_if_fenced(self) -> None:
+        if self._in_flight is not None and isinstance(self._in_flight.error, Fenced):
             self._raise_failed_save()
 
     def _raise_failed_save(self) -> None:
@@ -650,13 +656,18 @@ class Session:
         throughput: float | None = None,
         *,
         rank_seconds: Sequence[float] | None = None,
+        stopping: bool = False,
     ) -> None:
         """Note the progress; written at most every second, by rank 0. `rank_seconds`: own step time of each rank.
 
-        Raises what went wrong with a save beside the training: the run must not go on for hours without one.
+        Raises what went wrong with a save beside the training: the run must not go on for hours without one. Not when
+        it is `stopping` and the last save goes elsewhere, to the run directory: that save is what matters now.
         """
         self._position = (step, epoch)
-        self._raise_failed_save()
+        if self._refuge is not None and (stopping or self.stop_requested):
+            self._raise_if_fenced()
+        else:
+            self._raise_failed_save()
         if self._progress is not None:
             self._progress.update(step, epoch, max_steps, throughput, rank_seconds)
 

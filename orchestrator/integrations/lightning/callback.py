@@ -246,7 +246,14 @@ class ExactResume(Callback):
             return
         self._step = trainer.global_step
         throughput = self._samples_per_second()
-        self.session.report(self._step, trainer.current_epoch, self._max_steps, throughput, rank_seconds=rank_seconds)
+        self.session.report(
+            self._step,
+            trainer.current_epoch,
+            self._max_steps,
+            throughput,
+            rank_seconds=rank_seconds,
+            stopping=bool(stop),
+        )
         if save or self._schedule.due_at_step(self._step):
             self._commit_due = True
         if not stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from orchestrator.states import ExitReason
+from orchestrator.worker.background import BackgroundSave
 from orchestrator.worker.session import CheckpointSettings, Session, identify
 from orchestrator.worker.stop import DEADLINE_MARGIN_S, DeadlineWatchdog, StopRequest
 
@@ -555,6 +557,56 @@ def test_the_deadline_ends_a_save_in_flight_that_does_not_end(tmp_path: Path, st
     said = verdict(tmp_path)
     assert (said["outcome"], said["reason"]) == ("unsaved", "deadline_missed")
     assert "step 1 stands" in said["message"]
+
+
+def test_metrics_are_those_of_the_step_that_is_saved(start: Callable[..., Session]) -> None:
+    session, held = start(), Held()
+    session.resume()
+    metrics = {"loss": 1.0}
+    session.commit_async(held.freeze, step=1, epoch=0, metrics=metrics)
+    metrics["loss"] = 0.5  # the loop has gone on
+    held.let.set()
+    session.finish_save()
+    assert session.last_manifest is not None
+    assert session.last_manifest.metrics == {"loss": 1.0}
+
+
+def test_a_metric_may_be_a_tensor_and_what_is_no_number_is_left_out(
+    start: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Scalar:
+        def __float__(self) -> float:
+            return 0.25
+
+    class Vector:
+        def __float__(self) -> float:
+            raise RuntimeError("a Tensor with 2 elements cannot be converted to Scalar")
+
+    session = start()
+    session.resume()
+    given: Any = {"loss": Scalar(), "shape": Vector(), "name": "x", "nothing": None, "wrong": float("nan")}
+    manifest = session.commit(lambda file: file.write(b"x"), step=1, epoch=0, metrics=given)
+    assert session.store.manifests()[0].metrics == manifest.metrics == {"loss": 0.25}
+    assert [record.args[0] for record in caplog.records if isinstance(record.args, tuple)] == [
+        "shape",
+        "name",
+        "nothing",
+    ]
+
+
+@pytest.mark.parametrize("heard", ["here", "by another rank"])
+def test_a_failed_upload_does_not_cost_the_last_save(tmp_path: Path, start: Callable[..., Session], heard: str) -> None:
+    session, held = start(), Held(error=CheckpointError("no answer"))
+    session.resume()
+    session._refuge = Refuge(tmp_path / "refuge")
+    session._in_flight = BackgroundSave(lambda: held(io.BytesIO()), lambda: None)  # type: ignore[arg-type, return-value]
+    held.let.set()
+    session._in_flight.wait()
+    if heard == "here":
+        session._stop.signalled_at = time.time()
+    session.report(2, 0, 10, stopping=heard != "here")
+    session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
+    assert in_refuge(session) == [2]
 
 
 # --- a disk that takes nothing any more
