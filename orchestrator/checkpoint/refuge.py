@@ -96,6 +96,10 @@ class Refuge:
         """Remove the save that was published and verified, and those it has overtaken; returns the names."""
         return self._discard([m.name for m in self.store.manifests() if m.rank <= published.rank])
 
+    def keep_newest(self, fence: Fence, count: int) -> list[str]:
+        """Of the saves of this attempt, made while the store could not be reached, remove all but `count`."""
+        return self._discard(sorted(name for name in self._saves() if name.fence_epoch == fence.epoch)[:-count])
+
     def clear(self, fence: Fence) -> list[str]:
         """Remove what earlier attempts left, when the attempt of `fence` has a verified base; returns the names.
 
@@ -105,11 +109,20 @@ class Refuge:
         return self._discard(old)
 
     def _saves(self) -> list[CheckpointName]:
-        return [name for n in self.store.medium.names() if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
+        return [name for n in self._names() if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]
+
+    def _names(self) -> list[str]:
+        try:
+            return self.store.medium.names()
+        except OSError as error:
+            raise self.store.medium.failure(error, "list the emergency saves") from error
 
     def _discard(self, names: Sequence[CheckpointName]) -> list[str]:
         if names and len(names) == len(self._saves()):
-            self.store.medium.remove([POINTER])  # else it would name nothing
+            try:
+                self.store.medium.remove([POINTER])  # else it would name nothing
+            except OSError as error:
+                raise self.store.medium.failure(error, "remove emergency saves") from error
         return self.store.discard(names)
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn, TypeVar
 
 from orchestrator.checkpoint import (
     Best,
@@ -36,7 +36,7 @@ from orchestrator.checkpoint import (
 )
 from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.checkpoint.manifest import finite
-from orchestrator.errors import CheckpointError, Fenced, RegistryError
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter, read_events
@@ -47,6 +47,8 @@ from orchestrator.worker.scratch import remove_scratch, scratch_directory
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
 
 log = logging.getLogger("orchestrator.worker")
+
+T = TypeVar("T")
 
 PATIENCE_S = 60.0  # of one request to an object store, with its repetitions
 PEER_WATCHDOG_GRACE_S = 0.5  # rank 0 writes the verdict, so it goes first
@@ -531,17 +533,21 @@ class Session:
     ) -> Manifest:
         """In the thread of the save, where there is one."""
         started = time.monotonic()
-        manifest = self._where(emergency).commit(
-            fence,
-            write,
-            step=step,
-            epoch=epoch,
-            world_size=self.world_size,
-            code_hash=self._code_hash,
-            image=self._image,
-            metrics=metrics,
-            data=self._data,
-        )
+
+        def save(place: CheckpointStore) -> Manifest:
+            return place.commit(
+                fence,
+                write,
+                step=step,
+                epoch=epoch,
+                world_size=self.world_size,
+                code_hash=self._code_hash,
+                image=self._image,
+                metrics=metrics,
+                data=self._data,
+            )
+
+        manifest, _ = self._in_either(save, emergency)
         self._tell(manifest, time.monotonic() - started)
         return manifest
 
@@ -552,7 +558,8 @@ class Session:
         """
         self._leaving = self._leaving or leaving
         emergency = self._leaving or self.stop_requested
-        return Saving(self._where(emergency).begin(self._require_fence(), step=step), emergency)
+        fence = self._require_fence()
+        return Saving(*self._in_either(lambda place: place.begin(fence, step=step), emergency))
 
     def write_part(self, saving: Saving, write: Callable[[BinaryIO], object], *, part: str | None = None) -> FileEntry:
         """Any rank: one file of the checkpoint that rank 0 has begun. Raises CheckpointError."""
@@ -580,6 +587,28 @@ class Session:
 
     def _where(self, emergency: bool) -> CheckpointStore:
         return self._refuge.open() if self._refuge is not None and emergency else self.store
+
+    def _in_either(self, save: Callable[[CheckpointStore], T], emergency: bool) -> tuple[T, bool]:
+        """What `save` makes of the place that is meant, and where that fails of the other one; was it the refuge?
+
+        A store that is down, or a full disk, must not end a run that could save. Raises Fenced, and the first failure.
+        """
+        try:
+            return save(self._where(emergency)), emergency
+        except Fenced:
+            raise
+        except CheckpointError as error:
+            if self._refuge is None:
+                raise
+            there = "object store" if emergency else "run directory"
+            log.warning("%s; the save goes to the %s instead", error, there)
+            try:
+                return save(self._where(not emergency)), not emergency
+            except Fenced:
+                raise
+            except CheckpointError as second:
+                log.warning("and that failed: %s", second)
+                raise error from None
 
     def committed(self, manifest: Manifest, *, seconds: float) -> None:
         """Rank 0: tell everybody about a checkpoint, and remove old ones."""
@@ -618,15 +647,28 @@ class Session:
         return any(path.startswith(f"{place}/") for place in places)
 
     def _tidy_up(self, fence: Fence) -> None:
-        if not (self.stop_requested or self._leaving):  # the grace period is for saving, not for tidying up
-            with suppress(_Leaving):
-                self.store.collect_garbage(
-                    fence,
-                    keep_last=self.settings.keep_last,
-                    keep_every=self.settings.keep_every,
-                    keep_best=self.settings.keep_best,
-                    trace=self._unless_leaving,
-                )
+        if self.stop_requested or self._leaving:  # the grace period is for saving, not for tidying up
+            return
+        try:
+            if self._refuge is not None and self.last_manifest is not None and not self._in_store(self.last_manifest):
+                self._refuge.keep_newest(fence, self.settings.keep_last)
+                return
+            self.store.collect_garbage(
+                fence,
+                keep_last=self.settings.keep_last,
+                keep_every=self.settings.keep_every,
+                keep_best=self.settings.keep_best,
+                trace=self._unless_leaving,
+            )
+        except _Leaving:
+            return
+        except (Fenced, CheckpointCorrupt):
+            raise
+        except CheckpointError as error:  # the checkpoint stands, and the next save tries again
+            log.warning("old checkpoints were not removed: %s", error)
+
+    def _in_store(self, manifest: Manifest) -> bool:
+        return manifest.directory == self.store.uri
 
     def _unless_leaving(self, _operation: str) -> None:
         # The last save does not wait for the removal of old checkpoints; left alone, that could turn last.ckpt back.

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NoReturn
 
 import pytest
 
-from orchestrator.checkpoint import Best, FileEntry, PosixStore, Refuge, posix
+from orchestrator.checkpoint import Best, CheckpointStore, FileEntry, PosixStore, Refuge, posix
 from orchestrator.checkpoint.medium import Problem
 from orchestrator.checkpoint.store import Store
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
@@ -895,3 +895,95 @@ def test_a_run_that_never_saved_or_whose_saves_were_moved_away_starts_from_the_b
     for path in RunPaths(tmp_path).checkpoints.glob("step-*"):
         path.unlink()
     assert start(attempt=2).resume() is None
+
+
+# --- a save for which there is another place
+
+
+def out_of_order(store: CheckpointStore, code: int) -> None:
+    """From now on the place takes no data, and removes none."""
+    assert isinstance(store, Store)
+
+    def refuses(*arguments: Any, **options: Any) -> Any:
+        raise OSError(code, os.strerror(code))
+
+    store.medium.write_data = refuses  # type: ignore[method-assign]
+    store.medium.remove = refuses  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["the loop waits", "beside the training"])
+def test_a_save_goes_to_the_run_directory_while_the_store_is_down(
+    tmp_path: Path, start: Callable[..., Session], store_url: str, beside: bool
+) -> None:
+    session = start(ORCH_CHECKPOINT_URI=store_url)
+    session.settings = CheckpointSettings(keep_last=2)
+    session.resume()
+    session.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+    out_of_order(session.store, errno.ETIMEDOUT)
+    for step in (2, 3, 4):
+        if beside:
+            session.commit_async(lambda: lambda file: file.write(b"y"), step=step, epoch=0)
+        else:
+            session.commit(lambda file: file.write(b"y"), step=step, epoch=0)
+        session.finish_save()
+    assert in_refuge(session) == [4, 3]  # as many as are kept elsewhere
+    paths = [event["path"] for event in read_events(RunPaths(tmp_path)) if event["event"] == "checkpoint_committed"]
+    assert [path.startswith(str(tmp_path)) for path in paths] == [False, True, True, True]
+    found = start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume()
+    assert found is not None
+    assert found.manifest.step == 4
+
+
+def test_the_last_save_goes_to_the_store_when_the_disk_is_full(start: Callable[..., Session], store_url: str) -> None:
+    session = start(ORCH_CHECKPOINT_URI=store_url)
+    session.resume()
+    assert session._refuge is not None
+    out_of_order(session._refuge.store, errno.EDQUOT)
+    session.commit_before_leaving(lambda file: file.write(b"x"), step=5, epoch=0)
+    assert [manifest.step for manifest in session.store.manifests()] == [5]
+
+
+def test_a_save_in_parts_finds_the_other_place_too(start: Callable[..., Session], store_url: str) -> None:
+    session = start(ORCH_CHECKPOINT_URI=store_url)
+    session.resume()
+    assert isinstance(session.store, Store)
+    names = session.store.medium.names
+
+    def down() -> list[str]:
+        raise OSError(errno.ETIMEDOUT, "no answer")
+
+    session.store.medium.names = down  # type: ignore[method-assign]
+    saving = session.begin(3)
+    session.publish(saving, [session.write_part(saving, lambda file: file.write(b"x"))], epoch=0)
+    assert in_refuge(session) == [3]
+    session.store.medium.names = names  # type: ignore[method-assign]
+    assert session.store.manifests() == []
+
+
+def test_where_nothing_takes_the_save_the_first_failure_is_raised(
+    start: Callable[..., Session], store_url: str
+) -> None:
+    session = start(ORCH_CHECKPOINT_URI=store_url)
+    session.resume()
+    assert session._refuge is not None
+    out_of_order(session.store, errno.ETIMEDOUT)
+    out_of_order(session._refuge.store, errno.EDQUOT)
+    with pytest.raises(CheckpointError, match="ETIMEDOUT"):
+        session.commit(lambda file: file.write(b"x"), step=5, epoch=0)
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(
+    start: Callable[..., Session], caplog: pytest.LogCaptureFixture
+) -> None:
+    session = start()
+    session.settings = CheckpointSettings(keep_last=2)
+    session.resume()
+    assert isinstance(session.store, Store)
+
+    def refuses(*arguments: Any) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    session.store.medium.sync = refuses  # type: ignore[method-assign]
+    for step in range(1, 5):
+        session.commit(lambda file: file.write(b"x"), step=step, epoch=0)
+    assert "old checkpoints were not removed" in caplog.text
