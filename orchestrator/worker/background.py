@@ -36,6 +36,6 @@ class BackgroundSave:
         """Until the checkpoint is committed or has failed; tidying up may go on."""
         self._decided.wait()
 
-    def wait(self) -> None:
-        """Until nothing of it is left to do."""
-        self._thread.join()
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Until nothing of it is left to do, or the time is up."""
+        self._thread.join(timeout_s)

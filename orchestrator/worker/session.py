@@ -53,6 +53,7 @@ T = TypeVar("T")
 PATIENCE_S = 60.0  # of one request to an object store, with its repetitions
 PEER_WATCHDOG_GRACE_S = 0.5  # rank 0 writes the verdict, so it goes first
 VERDICT_WAIT_S = 1.0
+OWNER_WAIT_S = 5.0
 SAVE_SAFETY = 1.5  # a second save is begun before the deadline only if this many times the last one's duration is left
 
 
@@ -547,7 +548,9 @@ class Session:
                 data=self._data,
             )
 
-        manifest, _ = self._in_either(save, emergency)
+        manifest, in_refuge = self._in_either(save, emergency)
+        if in_refuge and emergency:
+            self._require_newest(fence)
         self._tell(manifest, time.monotonic() - started)
         return manifest
 
@@ -569,8 +572,9 @@ class Session:
         self, saving: Saving, files: Sequence[FileEntry], *, epoch: int, metrics: Mapping[str, float] | None = None
     ) -> Manifest:
         """Rank 0: make the parts a checkpoint; then call `committed`. Raises as `commit`."""
-        return self._where(saving.emergency).publish(
-            self._require_fence(),
+        fence = self._require_fence()
+        manifest = self._where(saving.emergency).publish(
+            fence,
             saving.name,
             files,
             epoch=epoch,
@@ -580,6 +584,32 @@ class Session:
             metrics=metrics,
             data=self._data,
         )
+        if saving.emergency and (self._leaving or self.stop_requested):
+            self._require_newest(fence)
+        return manifest
+
+    def _require_newest(self, fence: Fence) -> None:
+        """After the last save, on the disk, where no claim is seen: ask the store, too. One that does not answer soon
+        is not waited for: the next attempt decides what counts. Raises Fenced."""
+        if self._refuge is None:
+            return
+        owners: list[Fence | None] = []
+
+        def ask() -> None:
+            try:
+                owners.append(self.store.owner())
+            except CheckpointError as error:
+                log.warning("whether a newer attempt owns this run is not known: %s", error)
+
+        asking = threading.Thread(target=ask, name="orch-owner", daemon=True)
+        asking.start()
+        left = self.seconds_left()
+        asking.join(OWNER_WAIT_S if left is None else min(OWNER_WAIT_S, max(0.0, left / 2)))
+        if owners and owners[0] is not None and owners[0].epoch > fence.epoch:
+            raise Fenced(
+                f"attempt {self.attempt} no longer owns this run: {owners[0].holder} took over",
+                hint="this attempt stops and is not restarted; the run goes on in the other one",
+            )
 
     def abandon(self, saving: Saving) -> None:
         """Rank 0: remove the parts of a checkpoint that `publish` was not called for. Raises Fenced, if that is why."""
@@ -810,10 +840,21 @@ class Session:
         except SystemExit as error:
             if error.code not in (None, 0):
                 self.record_failure(error)
+                self._let_save_end()
             raise
         except BaseException as error:
             self.record_failure(error)
+            self._let_save_end()
             raise
+
+    def _let_save_end(self) -> None:
+        """After a failure: a save in flight may be good, and an interpreter that is ending lets it start no thread."""
+        if self._in_flight is None:
+            return
+        left = self.seconds_left()
+        self._in_flight.wait(PATIENCE_S if left is None else min(PATIENCE_S, max(0.0, left)))
+        if self._in_flight.error is not None:
+            log.warning("the save beside the training failed, too: %s", self._in_flight.error)
 
     def record_failure(self, error: BaseException) -> None:
         """Write this rank's verdict for `error`; returns so that the caller can raise on. Does not return when the

@@ -609,6 +609,31 @@ def test_a_failed_upload_does_not_cost_the_last_save(tmp_path: Path, start: Call
     assert in_refuge(session) == [2]
 
 
+def test_a_save_in_flight_is_waited_for_when_the_training_fails(start: Callable[..., Session]) -> None:
+    session, held = start(), Held()
+    with pytest.raises(ValueError, match="the training"), session.guard():
+        session.resume()
+        session.commit_async(held.freeze, step=1, epoch=0)
+        assert held.begun.wait(20)
+        threading.Timer(0.1, held.let.set).start()
+        raise ValueError("the training failed")
+    assert session.last_manifest is not None
+
+
+def test_at_the_deadline_a_save_in_flight_is_not_waited_for_after_a_failure(
+    tmp_path: Path, start: Callable[..., Session]
+) -> None:
+    session, held = start(), Held()
+    write_json(tmp_path / "deadline.json", {"deadline": time.time()})
+    with pytest.raises(ValueError, match="the training"), session.guard():
+        session.resume()
+        session.commit_async(held.freeze, step=1, epoch=0)
+        assert held.begun.wait(20)
+        raise ValueError("the training failed")
+    assert session.last_manifest is None
+    held.let.set()
+
+
 # --- a disk that takes nothing any more
 
 
@@ -987,3 +1012,35 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(
     for step in range(1, 5):
         session.commit(lambda file: file.write(b"x"), step=step, epoch=0)
     assert "old checkpoints were not removed" in caplog.text
+
+
+def test_the_last_save_of_a_replaced_attempt_ends_it_for_good(
+    tmp_path: Path, start: Callable[..., Session], store_url: str
+) -> None:
+    session = start(ORCH_CHECKPOINT_URI=store_url)
+    with pytest.raises(Exited) as left, session.guard():
+        session.resume()
+        session.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+        start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume()
+        session.commit_before_leaving(lambda file: file.write(b"x"), step=2, epoch=0)
+    assert left.value.code == 93
+    assert verdict(tmp_path)["outcome"] == "fenced"
+
+
+@pytest.mark.parametrize("how", ["fails", "hangs"])
+def test_a_store_that_does_not_say_who_owns_the_run_does_not_cost_the_last_save(
+    start: Callable[..., Session], monkeypatch: pytest.MonkeyPatch, store_url: str, how: str
+) -> None:
+    monkeypatch.setattr("orchestrator.worker.session.OWNER_WAIT_S", 0.05)
+    session, done = start(ORCH_CHECKPOINT_URI=store_url), threading.Event()
+    session.resume()
+
+    def owner() -> None:
+        if how == "hangs":
+            done.wait(20)
+        raise CheckpointError("no answer")
+
+    session.store.owner = owner  # type: ignore[assignment, method-assign]
+    session.commit_before_leaving(lambda file: file.write(b"x"), step=2, epoch=0)
+    done.set()
+    assert in_refuge(session) == [2]
