@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.checkpoint.lineage import Fence
-from orchestrator.checkpoint.manifest import MANIFEST_SUFFIX, POINTER, CheckpointName, Manifest
+from orchestrator.checkpoint.lineage import Fence, parse_fence_name
+from orchestrator.checkpoint.manifest import MANIFEST_SUFFIX, POINTER, CheckpointName, Manifest, parse_manifest
 from orchestrator.checkpoint.posix import PosixStore
 from orchestrator.checkpoint.protocol import CheckpointStore, Found, Reading
 from orchestrator.errors import CheckpointCorrupt, CheckpointError
@@ -34,7 +34,8 @@ class Refuge:
     def __init__(self, directory: Path) -> None:
         self.store = PosixStore(directory)
         self._damaged: set[CheckpointName] = set()
-        self._brought: dict[CheckpointName, Brought] = {}  # published, or with a problem
+        self._seen: set[CheckpointName] = set()
+        self._brought: dict[CheckpointName, Brought] = {}
 
     def open(self) -> PosixStore:
         """The store, with its directory made. Raises CheckpointError."""
@@ -51,14 +52,14 @@ class Refuge:
 
         `reading` is called with the number of bytes just copied, and how many there are.
         """
+        self._seen.update(self._saves())
         for manifest in self.store.manifests():
             problem = self.store.verify(manifest)
             if problem is not None:
                 self._damaged.add(manifest.name)
             published = problem is None and store.adopt(manifest, self.store.medium, reading=_of(manifest, reading))
             brought = Brought(manifest, published, problem, certain=not self.store.is_unreadable(manifest))
-            if published or problem is not None:
-                self._brought[manifest.name] = brought
+            self._brought[manifest.name] = brought
             yield brought
             if published:
                 return
@@ -78,7 +79,7 @@ class Refuge:
             step, location = brought.manifest.step, f"{self.store.uri}/{brought.manifest.name.data}"
             if brought.problem is None:
                 raise CheckpointError(
-                    f"the emergency save of step {step} was brought to {store.uri}, but could not be read there",
+                    f"the emergency save of step {step} should be in {store.uri} now, but could not be read there",
                     hint=f"nothing was changed, and {location} is still there; resume the run again",
                 )
             if not brought.certain:
@@ -103,10 +104,26 @@ class Refuge:
     def clear(self, fence: Fence) -> list[str]:
         """Remove what earlier attempts left, when the attempt of `fence` has a verified base; returns the names.
 
-        What was brought in is that base or older, and everything beyond it is dead from now on. Damaged ones stay.
+        Of saves only those that `bring_to` has looked through: they are that base, older, or dead from now on. What is
+        damaged stays, and everything in a directory that is, or was, a store of its own. Raises CheckpointError.
         """
-        old = [name for name in self._saves() if name.fence_epoch < fence.epoch and name not in self._damaged]
-        return self._discard(old)
+        names = self._names()
+        if fence.file_name not in names and any(parse_fence_name(name) for name in names):
+            return []
+        seen = [name for name in self._saves() if name.fence_epoch < fence.epoch and name in self._seen]
+        removed = self._discard([name for name in seen if name not in self._damaged and self._loads(name)])
+        return removed + self.store.sweep(fence)
+
+    def _loads(self, name: CheckpointName) -> bool:
+        try:
+            parse_manifest(
+                self.store.medium.read(name.manifest), file_name=name.manifest, directory=self.store.medium.uri
+            )
+        except CheckpointCorrupt:
+            return False
+        except OSError as error:
+            raise self.store.medium.failure(error, "read an emergency save") from error
+        return True
 
     def _saves(self) -> list[CheckpointName]:
         return [name for n in self._names() if (name := CheckpointName.parse(n, MANIFEST_SUFFIX))]

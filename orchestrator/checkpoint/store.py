@@ -816,6 +816,11 @@ class Store:
         note("gc-unlink-data")
         return removed + self.medium.remove(_data_of(victims, names))
 
+    def sweep(self, fence: Fence) -> list[str]:
+        """Remove what attempts of older epochs left half done; returns the names. Raises CheckpointError."""
+        with self._translated("remove what was left half done"):
+            return self._sweep(self.medium.names(), fence)
+
     def _sweep(self, names: Sequence[str], fence: Fence) -> list[str]:
         """Remove what attempts of older epochs left half done. Our own epoch's files may be in the making."""
         aborted = self.medium.abort_uploads(fence.epoch)

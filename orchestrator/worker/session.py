@@ -361,7 +361,10 @@ class Session:
             self.last_manifest = found.manifest
             self._position = (found.manifest.step, found.manifest.epoch)
             if self._refuge is not None:
-                self._refuge.clear(self._fence)
+                try:
+                    self._refuge.clear(self._fence)
+                except CheckpointError as error:  # what stays there takes room, no more
+                    log.warning("emergency saves that are in the store were not removed: %s", error)
             log.info(
                 "resumed from step %d of attempt %d: %s",
                 found.manifest.step,

@@ -1044,3 +1044,64 @@ def test_a_store_that_does_not_say_who_owns_the_run_does_not_cost_the_last_save(
     session.commit_before_leaving(lambda file: file.write(b"x"), step=2, epoch=0)
     done.set()
     assert in_refuge(session) == [2]
+
+
+# --- emergency saves: what goes once it is in the store
+
+
+def begin_with_an_emergency_save(start: Callable[..., Session], store_url: str) -> Session:
+    first = start(ORCH_CHECKPOINT_URI=store_url)
+    first.resume()
+    first.commit(lambda file: file.write(b"x"), step=1, epoch=0)
+    first.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
+    return first
+
+
+def test_checkpoints_that_a_run_kept_on_the_disk_before_it_had_a_store_stay(
+    tmp_path: Path, start: Callable[..., Session], store_url: str
+) -> None:
+    first = start(managed=False)
+    first.resume()
+    for step in (1, 2, 3):
+        first.commit(lambda file: file.write(b"x"), step=step, epoch=0)
+    first.verdict("saved", step=3, epoch=0)
+    before = sorted(path.name for path in RunPaths(tmp_path).checkpoints.iterdir())
+    second = start(managed=False, ORCH_CHECKPOINT_URI=store_url)
+    found = second.resume()
+    assert found is not None
+    assert found.manifest.step == 3
+    assert sorted(path.name for path in RunPaths(tmp_path).checkpoints.iterdir()) == before
+
+
+def test_of_an_emergency_save_with_a_damaged_manifest_everything_stays(
+    tmp_path: Path, start: Callable[..., Session], store_url: str
+) -> None:
+    first = begin_with_an_emergency_save(start, store_url)
+    assert first._refuge is not None
+    (saved,) = first._refuge.store.manifests()
+    (RunPaths(tmp_path).checkpoints / saved.name.manifest).write_bytes(b"")
+    assert start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume() is not None
+    left = {path.name for path in RunPaths(tmp_path).checkpoints.iterdir()}
+    assert {saved.name.manifest, saved.name.data} <= left
+
+
+def test_what_a_killed_emergency_save_left_goes(tmp_path: Path, start: Callable[..., Session], store_url: str) -> None:
+    begin_with_an_emergency_save(start, store_url)
+    place = RunPaths(tmp_path).checkpoints
+    for name in ("step-000000003.e0001.0123abcd.ckpt", ".step-000000003.e0001.0123abcd.ckpt.0123456789ab.tmp"):
+        (place / name).write_bytes(b"half")
+    assert start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume() is not None
+    assert list(place.iterdir()) == []
+
+
+def test_an_emergency_save_that_cannot_be_removed_does_not_end_the_attempt(
+    start: Callable[..., Session], caplog: pytest.LogCaptureFixture, store_url: str
+) -> None:
+    begin_with_an_emergency_save(start, store_url)
+    second = start(attempt=1, ORCH_CHECKPOINT_URI=store_url)
+    assert second._refuge is not None
+    out_of_order(second._refuge.store, errno.EACCES)
+    found = second.resume()
+    assert found is not None
+    assert found.manifest.step == 2
+    assert "were not removed" in caplog.text
