@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import hashlib
 import os
 import re
 import shutil
@@ -16,13 +17,14 @@ from orchestrator.errors import CheckpointError
 _OF_A_RANK = re.compile(r"attempt-(?P<attempt>\d+)\.rank\d+")
 
 
-def scratch_directory(parent: str | None, *, run_id: str, attempt: int, rank: int) -> Path:
+def scratch_directory(parent: str | None, *, run_id: str, run_dir: Path, attempt: int, rank: int) -> Path:
     """An empty directory for this rank until it ends, readable by nobody else; what killed attempts left is removed.
 
     `parent`: checkpoint.scratch; None = the temporary directory. Raises CheckpointError.
     """
     top = Path(parent or tempfile.gettempdir())
-    of_run = top / f"orch-{os.geteuid()}-{run_id}"
+    root = hashlib.sha256(os.fsencode(run_dir)).hexdigest()[:8]  # a run id may be there under two roots
+    of_run = top / f"orch-{os.geteuid()}-{run_id}-{root}"
     try:
         _make_private(of_run)
         for left in of_run.iterdir():

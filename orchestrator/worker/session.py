@@ -915,7 +915,13 @@ def _tells_of_a_checkpoint(event: Mapping[str, Any]) -> bool:
 
 
 def _make_scratch(identity: Identity, plan: Mapping[str, Any]) -> Path:
-    return scratch_directory(plan.get("scratch"), run_id=identity.run_id, attempt=identity.attempt, rank=identity.rank)
+    return scratch_directory(
+        plan.get("scratch"),
+        run_id=identity.run_id,
+        run_dir=identity.run_dir,
+        attempt=identity.attempt,
+        rank=identity.rank,
+    )
 
 
 def _open_store(

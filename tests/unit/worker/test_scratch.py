@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +13,14 @@ from orchestrator.worker.scratch import remove_scratch, scratch_directory
 
 PROGRAM = """
 import sys
+from pathlib import Path
 from orchestrator.worker.scratch import scratch_directory
-(scratch_directory(sys.argv[1], run_id="run-1", attempt=0, rank=0) / "file").write_text("x")
+(scratch_directory(sys.argv[1], run_id="run-1", run_dir=Path("/r"), attempt=0, rank=0) / "file").write_text("x")
 """
 
 
-def make(parent: Path, attempt: int = 0, rank: int = 0) -> Path:
-    return scratch_directory(str(parent), run_id="run-1", attempt=attempt, rank=rank)
+def make(parent: Path, attempt: int = 0, rank: int = 0, run_dir: Path = Path("/root/runs/run-1")) -> Path:
+    return scratch_directory(str(parent), run_id="run-1", run_dir=run_dir, attempt=attempt, rank=rank)
 
 
 def test_it_is_empty_and_nobody_else_can_read_it(tmp_path: Path) -> None:
@@ -54,12 +54,21 @@ def test_it_goes_with_its_process(tmp_path: Path) -> None:
 
 def test_without_a_place_it_is_the_temporary_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert scratch_directory(None, run_id="run-1", attempt=0, rank=0).is_relative_to(tmp_path)
+    made = scratch_directory(None, run_id="run-1", run_dir=Path("/r"), attempt=0, rank=0)
+    assert made.is_relative_to(tmp_path)
+
+
+def test_a_run_of_the_same_name_under_another_root_has_its_own(tmp_path: Path) -> None:
+    (make(tmp_path) / "staged").write_text("x")
+    other = make(tmp_path, run_dir=Path("/elsewhere/runs/run-1"))
+    assert other != make(tmp_path, run_dir=Path("/somewhere/runs/run-1"))
+    assert len(list(tmp_path.glob("*/*/staged"))) == 1
 
 
 @pytest.mark.parametrize("somebody", ["open to all", "a link", "a file"])
 def test_a_name_that_somebody_else_took_is_refused(tmp_path: Path, somebody: str) -> None:
-    taken = tmp_path / f"orch-{os.geteuid()}-run-1"
+    taken = make(tmp_path).parent
+    remove_scratch(make(tmp_path))
     match somebody:
         case "open to all":
             taken.mkdir()
