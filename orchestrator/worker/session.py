@@ -631,7 +631,7 @@ class Session:
         except Fenced:
             raise
         except CheckpointError as error:
-            if self._refuge is None:
+            if self._refuge is None or (self._leaving and not emergency):  # the last save has the disk to itself
                 raise
             there = "object store" if emergency else "run directory"
             log.warning("%s; the save goes to the %s instead", error, there)

@@ -985,6 +985,22 @@ def test_a_save_in_parts_finds_the_other_place_too(start: Callable[..., Session]
     assert session.store.manifests() == []
 
 
+def test_an_upload_that_fails_while_the_process_leaves_does_not_go_to_the_disk(
+    start: Callable[..., Session], store_url: str
+) -> None:
+    session, held = start(ORCH_CHECKPOINT_URI=store_url), Held()
+    session.resume()
+    session.commit_async(held.freeze, step=1, epoch=0)
+    upload = session._in_flight
+    assert upload is not None
+    assert held.begun.wait(20)
+    session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
+    held.error = OSError(errno.ETIMEDOUT, "no answer")
+    held.let.set()
+    upload.wait(20)
+    assert in_refuge(session) == [2]
+
+
 def test_where_nothing_takes_the_save_the_first_failure_is_raised(
     start: Callable[..., Session], store_url: str
 ) -> None:
