@@ -85,7 +85,8 @@ class Refuge:
             if not brought.certain:
                 raise CheckpointError(
                     f"the emergency save {location} cannot be read: {brought.problem}",
-                    hint="nothing was changed; when the file system is well again, resume the run",
+                    hint="nothing was changed; when the file system is well again, resume the run, or give that "
+                    "save up by moving it and its manifest away",
                 )
             if found is None:
                 raise CheckpointCorrupt(
