@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.backends import open_backend
-from orchestrator.checkpoint import CheckpointStore, Listed, Manifest, Refuge, Retention, open_store
+from orchestrator.checkpoint import Brought, CheckpointStore, Listed, Manifest, Refuge, Retention, open_store
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, RefusedError
 from orchestrator.operations.describe import OpenBackend
 from orchestrator.operations.record import Record, agent_plan, load_record
@@ -177,11 +177,8 @@ def push_checkpoint(
         brought = list(refuge.bring_to(store, reading=reading))
         published = next((one.manifest for one in brought if one.published), None)
         if published is None:
-            if damaged := [one for one in brought if one.problem is not None]:
-                raise CheckpointCorrupt(
-                    f"the emergency save of step {count(damaged[0].manifest.step)} is damaged: {damaged[0].problem}",
-                    hint=f"{store.uri} was not changed; the run goes on from what is there",
-                )
+            for one in brought:
+                _refuse_unusable(one, store)
             return Pushed(record.run_id, None, None, 0)
         location = f"{store.uri}/{published.name.data}"
         if problem := store.verify(published):
@@ -200,6 +197,20 @@ def push_checkpoint(
             by=_user(),
         )
     return Pushed(record.run_id, published.step, location, published.size_bytes)
+
+
+def _refuse_unusable(brought: Brought, store: CheckpointStore) -> None:
+    step = count(brought.manifest.step)
+    if brought.problem is not None and brought.certain:
+        raise CheckpointCorrupt(
+            f"the emergency save of step {step} is damaged: {brought.problem}",
+            hint=f"{store.uri} was not changed; the run goes on from what is there",
+        )
+    if brought.problem is not None:
+        raise CheckpointError(
+            f"the emergency save of step {step} cannot be read now: {brought.problem}",
+            hint="nothing was changed; push it again when the file system is well",
+        )
 
 
 # --- removing
@@ -224,9 +235,12 @@ def collect_checkpoints(
         if dry_run or store.owner() is None:
             removed = store.garbage(**rules)
         else:
-            if (refuge := _refuge(store, paths)) is not None:
+            refuge = _refuge(store, paths)
+            if refuge is not None:
                 list(refuge.bring_to(store))  # the epoch opened here would make it dead
             found = store.find(keep=False)  # before the lock: whoever resumes the run does not wait for a download
+            if refuge is not None:
+                refuge.require_base(store, found)
             with run_lock(paths):  # nobody resumes it in between
                 _at_rest(paths, open_backend, "collect")
                 fence = store.open_epoch(attempt=attempt, base=found.manifest if found else None)
