@@ -19,7 +19,7 @@ from orchestrator.worker.scratch import scratch_directory
 """
 
 
-def make(parent: Path, attempt: int = 0, rank: int = 0, run_dir: Path = Path("/root/runs/run-1")) -> Path:
+def make(parent: Path, attempt: int = 0, rank: int = 0, run_dir: Path = Path("/shared/runs/run-1")) -> Path:
     return scratch_directory(str(parent), run_id="run-1", run_dir=run_dir, attempt=attempt, rank=rank)
 
 
