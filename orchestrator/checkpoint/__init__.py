@@ -8,12 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from orchestrator.checkpoint.found import Found, Listed, Skipped
 from orchestrator.checkpoint.lineage import Fence, Lineage
 from orchestrator.checkpoint.manifest import CheckpointName, FileEntry, Manifest, parse_manifest
+from orchestrator.checkpoint.medium import Reading, Trace
 from orchestrator.checkpoint.posix import PosixStore
-from orchestrator.checkpoint.protocol import CheckpointStore, Found, Listed, Reading, Skipped, Trace, take_over
 from orchestrator.checkpoint.refuge import Brought, Refuge
 from orchestrator.checkpoint.retention import Best, Retention, kept
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.takeover import take_over
 from orchestrator.errors import CheckpointError
 from orchestrator.paths import parse_url, url_fault
 

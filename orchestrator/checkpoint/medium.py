@@ -12,8 +12,13 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from orchestrator.checkpoint.manifest import FileEntry
-from orchestrator.checkpoint.protocol import Reading, Trace
 from orchestrator.errors import CheckpointError
+
+Reading = Callable[[int], None]
+"""Called with the number of bytes just read."""
+
+Trace = Callable[[str], None]
+"""Called with the name of every operation just before it is done: chaos tests stop or kill the process there."""
 
 
 class Vanished(Exception):

@@ -23,10 +23,9 @@ from typing import Any, BinaryIO
 import tenacity
 
 from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, CheckpointName, FileEntry
-from orchestrator.checkpoint.medium import Problem, Vanished
+from orchestrator.checkpoint.medium import Problem, Reading, Trace, Vanished
 from orchestrator.checkpoint.posix import Directory
-from orchestrator.checkpoint.protocol import Reading, Trace
-from orchestrator.checkpoint.store import Store, describe
+from orchestrator.checkpoint.store import CheckpointStore, describe
 from orchestrator.checkpoint.stream import HashingWriter
 from orchestrator.errors import CheckpointError
 
@@ -65,7 +64,7 @@ _POINTER_TRIES = 10
 _SECOND_LOOK_S = 0.5
 
 
-class ObjectStore(Store):
+class ObjectStore(CheckpointStore):
     """The checkpoints of one run below one URL. Instances share nothing but the store."""
 
     def __init__(

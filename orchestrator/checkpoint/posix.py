@@ -15,9 +15,8 @@ from typing import BinaryIO
 
 from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, POINTER, CheckpointName, FileEntry
-from orchestrator.checkpoint.medium import Problem, Vanished
-from orchestrator.checkpoint.protocol import Reading, Trace
-from orchestrator.checkpoint.store import RETRY_DELAYS_S, Store, describe
+from orchestrator.checkpoint.medium import Problem, Reading, Trace, Vanished
+from orchestrator.checkpoint.store import RETRY_DELAYS_S, CheckpointStore, describe
 from orchestrator.checkpoint.stream import HashingWriter, ParallelHash
 from orchestrator.errors import CheckpointError
 from orchestrator.files import fsync_dir, open_atomic, write_atomic
@@ -31,7 +30,7 @@ _POINTER_TEMPORARY = re.compile(r"\.last\.ckpt\.e(?P<epoch>\d{4,9})\.[0-9a-f]{12
 _FENCE_TEMPORARY = re.compile(r"\.(?P<final>epoch-\d{4,9}\.json)\.[0-9a-f]{12}\.tmp")
 
 
-class PosixStore(Store):
+class PosixStore(CheckpointStore):
     """The checkpoints of one run in one directory. Instances share nothing but the directory."""
 
     def __init__(

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from orchestrator.checkpoint.found import Found
 from orchestrator.checkpoint.lineage import Fence, parse_fence_name
 from orchestrator.checkpoint.manifest import MANIFEST_SUFFIX, POINTER, CheckpointName, Manifest, parse_manifest
+from orchestrator.checkpoint.medium import Reading
 from orchestrator.checkpoint.posix import PosixStore
-from orchestrator.checkpoint.protocol import CheckpointStore, Found, Reading
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.errors import CheckpointCorrupt, CheckpointError
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from orchestrator.checkpoint.coverage import parse_index
+from orchestrator.checkpoint.found import Found, Listed, Skipped
 from orchestrator.checkpoint.lineage import (
     FROM_SCRATCH,
     Fence,
@@ -40,8 +41,7 @@ from orchestrator.checkpoint.manifest import (
     finite,
     parse_manifest,
 )
-from orchestrator.checkpoint.medium import Medium, Vanished
-from orchestrator.checkpoint.protocol import Found, Listed, Reading, Skipped, Trace
+from orchestrator.checkpoint.medium import Medium, Reading, Trace, Vanished
 from orchestrator.checkpoint.retention import Best, Retention, best, kept
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from orchestrator.files import open_atomic, write_atomic
@@ -53,8 +53,11 @@ _commits = itertools.count()  # of this process: one that saves here and in the 
 RETRY_DELAYS_S = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
-class Store:
-    """The checkpoints of one run. Instances share nothing but the medium."""
+class CheckpointStore:
+    """Commits and finds checkpoints of one run. Blocking; rank 0 of an attempt writes, the others only `write_part`.
+
+    Instances share nothing but the medium.
+    """
 
     def __init__(
         self,
@@ -81,13 +84,22 @@ class Store:
         self._read_back: set[CheckpointName] = set()  # their bytes have matched
 
     def weaknesses(self) -> tuple[str, ...]:
-        """See CheckpointStore.weaknesses."""
+        """Tries the place out: one sentence for every guarantee that it does not give.
+
+        Raises CheckpointError when checkpoints cannot be kept there at all.
+        """
         return ()
 
     # --- reading
 
     def find(self, *, keep: bool = True) -> Found | None:
-        """See CheckpointStore.find."""
+        """The newest live checkpoint whose bytes match; None when nothing was ever committed.
+
+        Without `keep` its bytes are compared and not kept: there is nothing to load where `files` says.
+        Damaged ones are set aside as `*.corrupt` and reported. Raises CheckpointCorrupt when checkpoints were committed
+        but none is usable (to start over silently would throw the work away for good), CheckpointError when the store
+        cannot be read.
+        """
         for delay in (*RETRY_DELAYS_S, None):
             try:
                 with self._translated("read"):
@@ -102,7 +114,10 @@ class Store:
         raise AssertionError("unreachable")
 
     def fetch(self, manifest_name: str, *, only: Container[str] | None = None) -> Found:
-        """See CheckpointStore.fetch."""
+        """That checkpoint (or these files of it), verified, whoever owns the run; changes nothing.
+
+        Raises CheckpointError.
+        """
         name = CheckpointName.parse(manifest_name, MANIFEST_SUFFIX)
         if name is None:
             raise CheckpointError(f"{manifest_name!r} is no manifest of a checkpoint")
@@ -117,7 +132,7 @@ class Store:
         return self._found(manifest, (), only)
 
     def manifests(self) -> list[Manifest]:
-        """See CheckpointStore.manifests."""
+        """Live checkpoints, newest first. Their bytes are not verified and nothing is changed."""
         with self._translated("list"):
             names = self._names()
             return self._load_live(names, self._lineage(names))
@@ -129,7 +144,7 @@ class Store:
         return [*names, *_fence_names(afterwards).difference(names)]
 
     def inventory(self, *, waiting: Medium | None = None) -> list[Listed]:
-        """See CheckpointStore.inventory."""
+        """Every committed checkpoint, newest first, live or not. No data is read and nothing is changed."""
         with self._translated("list"):
             names = self._names()
             lineage = self._lineage(names)
@@ -160,19 +175,23 @@ class Store:
         return Listed(name, manifest.location, manifest, live, problem)
 
     def owner(self) -> Fence | None:
-        """See CheckpointStore.owner."""
+        """The newest fence that counts: the attempt that owns the run. None before the first."""
         with self._translated("check who owns the run"):
             lineage = self._lineage(self._names())
         counting = [fence for epoch, fence in lineage.fences.items() if not lineage.is_void(epoch)]
         return max(counting, key=lambda fence: fence.epoch, default=None)
 
     def sizes(self) -> dict[str, int]:
-        """See CheckpointStore.sizes."""
+        """Size in bytes of every file there is, by name."""
         with self._translated("list"):
             return self.medium.sizes()
 
     def copy_to(self, directory: Path, manifest: Manifest, *, reading: Reading | None = None) -> Path:
-        """See CheckpointStore.copy_to."""
+        """Copy a checkpoint into a local directory (made if missing), compared on its way; the path to load.
+
+        Each file appears whole and durable, the manifest last. Raises CheckpointCorrupt when the bytes do not match,
+        CheckpointError when they cannot be read or written.
+        """
         try:
             directory.mkdir(parents=True, exist_ok=True)
             for entry in manifest.files:
@@ -314,7 +333,10 @@ class Store:
     # --- verifying
 
     def verify(self, manifest: Manifest, *, reading: Reading | None = None) -> str | None:
-        """See CheckpointStore.verify."""
+        """Read the bytes of a committed checkpoint again: what does not match its manifest, or None. Changes nothing.
+
+        Raises CheckpointError when it was removed meanwhile, or the store cannot be read.
+        """
         try:
             with self._translated("read"):
                 return self._verify(manifest, reading)
@@ -387,7 +409,12 @@ class Store:
     def open_epoch(
         self, *, attempt: int, base: Manifest | None, discard_newer: bool = False, trace: Trace | None = None
     ) -> Fence:
-        """See CheckpointStore.open_epoch."""
+        """Claim the run for `attempt`, going on from `base`; from now on older attempts are fenced.
+
+        Raises Fenced when a later attempt already owns the run, CheckpointError when a live checkpoint newer than
+        `base` exists (unless `discard_newer`: it would become invisible), `base` does not count any more, or the claim
+        cannot be written.
+        """
         note = trace or _untraced
         with self._translated("open a fence epoch"):
             note("fence-directory")
@@ -506,7 +533,14 @@ class Store:
         data: str | None = None,
         trace: Trace | None = None,
     ) -> Manifest:
-        """See CheckpointStore.commit."""
+        """Publish what `write` writes as the checkpoint of `step`; on return it is durable.
+
+        `metrics` are what `keep_best` chooses by (NaN and infinity are left out), `data` is a fingerprint of the
+        training data.
+
+        Raises Fenced when a newer attempt owns the run, CheckpointError when it could not be written (then the previous
+        checkpoint stands); what `write` raises itself passes through.
+        """
         name = self.begin(fence, step=step, trace=trace)
         try:
             entry = self.write_part(name, write, trace=trace)
@@ -527,7 +561,10 @@ class Store:
         )
 
     def begin(self, fence: Fence, *, step: int, trace: Trace | None = None) -> CheckpointName:
-        """See CheckpointStore.begin."""
+        """First step of a commit in parts (`begin`, any number of `write_part`, `publish`): the name of its files.
+
+        Raises Fenced, CheckpointError. Nothing is written yet.
+        """
         (trace or _untraced)("check-before")
         self._require_ownership(fence)
         return CheckpointName.fresh(step, fence.epoch)
@@ -540,7 +577,12 @@ class Store:
         part: str | None = None,
         trace: Trace | None = None,
     ) -> FileEntry:
-        """See CheckpointStore.write_part."""
+        """Make what `write` writes one file of the checkpoint, durable on return; no reader looks at it yet.
+
+        Any rank of the attempt may do this, each with a `part` of its own (`shard-0001.ckpt`); None is the file that
+        every checkpoint has. Raises CheckpointError when it could not be written, and leaves nothing; what `write`
+        raises itself passes through.
+        """
         file_name = name.data if part is None else name.part(part)
         try:
             entry = self.medium.write_data(file_name, write, note=trace or _untraced)
@@ -571,7 +613,10 @@ class Store:
         data: str | None = None,
         trace: Trace | None = None,
     ) -> Manifest:
-        """See CheckpointStore.publish."""
+        """Make the checkpoint of these files visible: manifest, ownership, pointer. The first has no `part`.
+
+        Raises as `commit` does; when the manifest could not be written, all files of that name are removed.
+        """
         note = trace or _untraced
         check_files(files, name)
         manifest = Manifest(
@@ -608,7 +653,10 @@ class Store:
         return manifest
 
     def adopt(self, manifest: Manifest, source: Medium, *, reading: Reading | None = None) -> bool:
-        """See CheckpointStore.adopt."""
+        """Publish here, under the same name, what was committed in `source`; False when it is not live here.
+
+        For saves that had no time for this store. Raises CheckpointCorrupt, CheckpointError.
+        """
         name = manifest.name
         with self._translated(f"bring in the checkpoint of step {manifest.step}"):
             names = self._names()
@@ -644,7 +692,8 @@ class Store:
         self.medium.put(entry.name, path, reading=reading)
 
     def abandon(self, fence: Fence, name: CheckpointName) -> None:
-        """See CheckpointStore.abandon."""
+        """Remove what was written under a name that will not be published. Raises Fenced when a newer attempt owns the
+        run: then that is why the save failed."""
         self._discard(name)
         self._require_ownership(fence)
 
@@ -707,7 +756,12 @@ class Store:
         keep_best: Best | None = None,
         trace: Trace | None = None,
     ) -> list[str]:
-        """See CheckpointStore.collect_garbage."""
+        """Remove live checkpoints that no rule keeps (`retention.kept`), and dead ones; returns the names removed.
+
+        Reads the newest back first: CheckpointCorrupt, and nothing is removed, when it does not match. The best are
+        read back once by each instance; a damaged one is set aside and the next takes its place. Leftovers of older
+        attempts are swept. Raises Fenced, CheckpointError.
+        """
         note = trace or _untraced
         retention = Retention(keep_last, keep_every, keep_best)
         self._require_ownership(fence)
@@ -731,7 +785,7 @@ class Store:
             return removed + self._sweep(names, fence)
 
     def garbage(self, *, keep_last: int, keep_every: int | None = None, keep_best: Best | None = None) -> list[str]:
-        """See CheckpointStore.garbage."""
+        """Names that the next attempt's collection would remove if all bytes match. Changes nothing."""
         with self._translated("list"):
             names = self._names()
             lineage = self._lineage(names)

@@ -19,7 +19,6 @@ import pytest
 
 from orchestrator.checkpoint import Best, CheckpointStore, FileEntry, PosixStore, Refuge, posix
 from orchestrator.checkpoint.medium import Problem
-from orchestrator.checkpoint.store import Store
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
@@ -835,7 +834,6 @@ def test_an_emergency_save_that_is_passed_over_in_the_store_is_not_buried(
     first.commit(lambda file: file.write(b"a"), step=100, epoch=0)
     first.commit_before_leaving(lambda file: file.write(b"b"), step=150, epoch=0)
     second = start(attempt=1, ORCH_CHECKPOINT_URI=store_url)
-    assert isinstance(second.store, Store)
     examine = second.store.medium.examine
 
     def times_out(entry: FileEntry, **options: Any) -> Problem | None:
@@ -927,7 +925,6 @@ def test_a_run_that_never_saved_or_whose_saves_were_moved_away_starts_from_the_b
 
 def out_of_order(store: CheckpointStore, code: int) -> None:
     """From now on the place takes no data, and removes none."""
-    assert isinstance(store, Store)
 
     def refuses(*arguments: Any, **options: Any) -> Any:
         raise OSError(code, os.strerror(code))
@@ -971,7 +968,6 @@ def test_the_last_save_goes_to_the_store_when_the_disk_is_full(start: Callable[.
 def test_a_save_in_parts_finds_the_other_place_too(start: Callable[..., Session], store_url: str) -> None:
     session = start(ORCH_CHECKPOINT_URI=store_url)
     session.resume()
-    assert isinstance(session.store, Store)
     names = session.store.medium.names
 
     def down() -> list[str]:
@@ -1019,7 +1015,6 @@ def test_old_checkpoints_that_cannot_be_removed_do_not_end_the_run(
     session = start()
     session.settings = CheckpointSettings(keep_last=2)
     session.resume()
-    assert isinstance(session.store, Store)
 
     def refuses(*arguments: Any) -> Any:
         raise OSError(errno.EIO, "Input/output error")
