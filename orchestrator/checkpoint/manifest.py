@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from orchestrator.errors import CheckpointCorrupt
 
@@ -98,6 +98,15 @@ class FileEntry:
     sha256: str
 
 
+class Origin(TypedDict):
+    """What made a checkpoint, beyond its attempt: the same for every save of it."""
+
+    world_size: int
+    code_hash: NotRequired[str | None]
+    image: NotRequired[str | None]
+    data: NotRequired[str | None]  # fingerprint of the training data, where the training code gives one
+
+
 @dataclass(frozen=True)
 class Manifest:
     """A committed checkpoint. Its existence is the commit; `step` counts optimizer steps completed."""
@@ -109,14 +118,14 @@ class Manifest:
     world_size: int
     nonce: str
     files: tuple[FileEntry, ...]
-    code_hash: str | None
-    image: str | None
     committed_at: float  # unix seconds, for people: nothing is ever decided by a clock
     directory: str = ""  # where it was read from; not part of the file
     sequence: int = 0  # n-th commit of its process: tells two saves of the same step apart
     base_step: int | None = None  # a copy of its epoch's base, should the fence file be damaged; -1 = from scratch
     metrics: Mapping[str, float] = field(default_factory=dict, hash=False)  # finite; as known when it was saved
-    data: str | None = None  # fingerprint of the training data, where the training code gives one
+    code_hash: str | None = None
+    image: str | None = None
+    data: str | None = None
 
     @property
     def name(self) -> CheckpointName:

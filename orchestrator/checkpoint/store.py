@@ -16,7 +16,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Unpack
 
 from orchestrator.checkpoint.coverage import parse_index
 from orchestrator.checkpoint.found import Found, Listed, Skipped
@@ -37,6 +37,7 @@ from orchestrator.checkpoint.manifest import (
     CheckpointName,
     FileEntry,
     Manifest,
+    Origin,
     check_files,
     finite,
     parse_manifest,
@@ -526,17 +527,13 @@ class CheckpointStore:
         *,
         step: int,
         epoch: int,
-        world_size: int,
-        code_hash: str | None = None,
-        image: str | None = None,
         metrics: Mapping[str, float] | None = None,
-        data: str | None = None,
         trace: Trace | None = None,
+        **origin: Unpack[Origin],
     ) -> Manifest:
         """Publish what `write` writes as the checkpoint of `step`; on return it is durable.
 
-        `metrics` are what `keep_best` chooses by (NaN and infinity are left out), `data` is a fingerprint of the
-        training data.
+        `metrics` are what `keep_best` chooses by (NaN and infinity are left out).
 
         Raises Fenced when a newer attempt owns the run, CheckpointError when it could not be written (then the previous
         checkpoint stands); what `write` raises itself passes through.
@@ -547,18 +544,7 @@ class CheckpointStore:
         except CheckpointError:
             self._require_ownership(fence)  # the newer attempt sweeps our files: then that is the news, not ENOENT
             raise
-        return self.publish(
-            fence,
-            name,
-            [entry],
-            epoch=epoch,
-            world_size=world_size,
-            code_hash=code_hash,
-            image=image,
-            metrics=metrics,
-            data=data,
-            trace=trace,
-        )
+        return self.publish(fence, name, [entry], epoch=epoch, metrics=metrics, trace=trace, **origin)
 
     def begin(self, fence: Fence, *, step: int, trace: Trace | None = None) -> CheckpointName:
         """First step of a commit in parts (`begin`, any number of `write_part`, `publish`): the name of its files.
@@ -606,12 +592,9 @@ class CheckpointStore:
         files: Sequence[FileEntry],
         *,
         epoch: int,
-        world_size: int,
-        code_hash: str | None = None,
-        image: str | None = None,
         metrics: Mapping[str, float] | None = None,
-        data: str | None = None,
         trace: Trace | None = None,
+        **origin: Unpack[Origin],
     ) -> Manifest:
         """Make the checkpoint of these files visible: manifest, ownership, pointer. The first has no `part`.
 
@@ -624,17 +607,14 @@ class CheckpointStore:
             epoch=epoch,
             attempt=fence.attempt,
             fence_epoch=name.fence_epoch,
-            world_size=world_size,
             nonce=name.nonce,
             files=tuple(files),
-            code_hash=code_hash,
-            image=image,
             committed_at=self._clock(),
             directory=self.uri,
             sequence=next(_commits),
             base_step=fence.base_step,
             metrics=finite(metrics or {}),
-            data=data,
+            **origin,
         )
         try:
             self.medium.write_manifest(name.manifest, manifest.render(), note=note)

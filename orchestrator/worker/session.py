@@ -35,7 +35,7 @@ from orchestrator.checkpoint import (
     take_over,
 )
 from orchestrator.checkpoint.lineage import parse_fence_name
-from orchestrator.checkpoint.manifest import finite
+from orchestrator.checkpoint.manifest import Origin, finite
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
@@ -189,10 +189,8 @@ class Session:
         self.resumed_step: int | None = None
         self.last_manifest: Manifest | None = None
         self._stop = stop
-        self._code_hash = code_hash
-        self._image = image
+        self._origin = Origin(world_size=identity.world_size, code_hash=code_hash, image=image, data=None)
         self.allowed_drift = frozenset(allowed_drift)
-        self._data: str | None = None
         self._exit_process = exit_process
         self._fence: Fence | None = None
         self._verdict_lock = threading.RLock()
@@ -325,17 +323,18 @@ class Session:
     def declare_data(self, fingerprint: str) -> None:
         """Say which data this program trains on, before `resume`: checkpoints carry it, and to go on from one that was
         made with other data is refused (`orch resume --allow-drift data`). Compared as text."""
-        self._data = fingerprint
+        self._origin["data"] = fingerprint
 
     def _refuse_other_data(self, manifest: Manifest) -> None:
-        if self._data is None or manifest.data in (None, self._data):
+        data = self._origin["data"]
+        if data is None or manifest.data in (None, data):
             return
         if "data" in self.allowed_drift:
-            self.event("drift", step=manifest.step, changes=[{"key": "data", "old": manifest.data, "new": self._data}])
+            self.event("drift", step=manifest.step, changes=[{"key": "data", "old": manifest.data, "new": data}])
             return
         insist = f"orch resume {self.run_id} --allow-drift data" if self.managed else "start in another run directory"
         raise CheckpointError(
-            f"the checkpoint of step {manifest.step} was made with other data: {manifest.data} then, {self._data} now",
+            f"the checkpoint of step {manifest.step} was made with other data: {manifest.data} then, {data} now",
             hint=f"restore the data, or if other data is meant:  {insist}",
         )
 
@@ -538,20 +537,9 @@ class Session:
         """In the thread of the save, where there is one."""
         started = time.monotonic()
 
-        def save(place: CheckpointStore) -> Manifest:
-            return place.commit(
-                fence,
-                write,
-                step=step,
-                epoch=epoch,
-                world_size=self.world_size,
-                code_hash=self._code_hash,
-                image=self._image,
-                metrics=metrics,
-                data=self._data,
-            )
-
-        manifest, in_refuge = self._in_either(save, emergency)
+        manifest, in_refuge = self._in_either(
+            lambda place: place.commit(fence, write, step=step, epoch=epoch, metrics=metrics, **self._origin), emergency
+        )
         if in_refuge and emergency:
             self._require_newest(fence)
         self._tell(manifest, time.monotonic() - started)
@@ -576,17 +564,8 @@ class Session:
     ) -> Manifest:
         """Rank 0: make the parts a checkpoint; then call `committed`. Raises as `commit`."""
         fence = self._require_fence()
-        manifest = self._where(saving.emergency).publish(
-            fence,
-            saving.name,
-            files,
-            epoch=epoch,
-            world_size=self.world_size,
-            code_hash=self._code_hash,
-            image=self._image,
-            metrics=metrics,
-            data=self._data,
-        )
+        store = self._where(saving.emergency)
+        manifest = store.publish(fence, saving.name, files, epoch=epoch, metrics=metrics, **self._origin)
         if saving.emergency and (self._leaving or self.stop_requested):
             self._require_newest(fence)
         return manifest
