@@ -16,6 +16,11 @@ def parse_url(text: str) -> SplitResult | None:
     return urlsplit(text) if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text) else None
 
 
+def is_object_store(uri: str | None) -> bool:
+    """Whether `checkpoint.uri` names an object store, not a directory; None is the run directory (pure)."""
+    return parse_url(uri or "") is not None
+
+
 def url_fault(text: str) -> str | None:
     """What is wrong with a text that looks like a URL and is none, such as `s3:/bucket/p`; as a path, it would become
     a directory that nobody asked for (pure)."""

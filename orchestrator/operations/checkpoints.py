@@ -16,7 +16,7 @@ from orchestrator.operations.record import Record, agent_plan, load_record
 from orchestrator.operations.results import Collected, Pulled, Pushed, RolledBack, StoredCheckpoint
 from orchestrator.operations.roots import find_run
 from orchestrator.operations.submission import ask_or_raise, reconcile, run_lock, translated
-from orchestrator.paths import RunPaths, parse_url
+from orchestrator.paths import RunPaths, is_object_store
 from orchestrator.registry import EventLog
 from orchestrator.states import JobState
 from orchestrator.words import count, spoken
@@ -32,8 +32,6 @@ def open_run_store(paths: RunPaths) -> CheckpointStore:
     uri = str(checkpoint["uri"])
     if uri == str(RunPaths(Path(plan["run_dir"])).checkpoints):
         uri = str(paths.checkpoints)  # the root may have been moved since
-    if parse_url(uri) is None:
-        return open_store(uri)
     return open_store(
         uri,
         storage_options=checkpoint.get("storage_options"),
@@ -57,7 +55,7 @@ def list_checkpoints(run: str, *, root: str | Path | None = None) -> list[Stored
 
 def _refuge(store: CheckpointStore, paths: RunPaths) -> Refuge | None:
     """Where emergency saves wait; None for a run whose checkpoints are on a disk anyway."""
-    return None if parse_url(store.uri) is None else Refuge(paths.checkpoints)
+    return Refuge(paths.checkpoints) if is_object_store(store.uri) else None
 
 
 def verify_checkpoints(

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from orchestrator.errors import RegistryError, SpecError
 from orchestrator.files import fsync_dir
 from orchestrator.operations.ignore_patterns import IgnorePatterns
-from orchestrator.paths import DEFAULT_ROOT, RootPaths, parse_url
+from orchestrator.paths import DEFAULT_ROOT, RootPaths, is_object_store
 
 if TYPE_CHECKING:
     from orchestrator.spec import JobSpec
@@ -121,7 +121,7 @@ def _barred(spec: JobSpec, top: Path, spec_path: Path | None, root: Path) -> set
     layout = RootPaths(root)
     inner = [root] if _below(root, top) else [layout.code, layout.runs, layout.sweeps]  # the root may be the workspace
     uri = spec.checkpoint.uri
-    if uri is not None and parse_url(uri) is None:
+    if uri is not None and not is_object_store(uri):
         checkpoints = Path(uri)
         if os.path.realpath(checkpoints) == os.path.realpath(top):
             raise SpecError(f"checkpoint.uri: {uri} is the workspace itself", hint="Give it a directory of its own.")

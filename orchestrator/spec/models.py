@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from orchestrator.paths import parse_url, url_fault
+from orchestrator.paths import is_object_store, parse_url, url_fault
 from orchestrator.spec.images import image_refusal
 from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
 from orchestrator.spec.sbatch_options import normal_name, owned_by_step, refusal
@@ -560,7 +560,7 @@ class Checkpoint(_Section):
 
     @model_validator(mode="after")
     def _options_belong_to_object_stores(self) -> Checkpoint:
-        if parse_url(self.uri or "") is None:
+        if not is_object_store(self.uri):
             for name in ("storage_options", "scratch"):
                 if getattr(self, name):
                     raise Refusal(((name,), "is for an object store, and checkpoint.uri names none"))

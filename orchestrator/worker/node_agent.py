@@ -19,7 +19,7 @@ from orchestrator.containers.payload import Mount, Payload, PayloadRequest, Runt
 from orchestrator.errors import OrchError, RefusedError, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.identity import rendezvous_port
-from orchestrator.paths import RunPaths, parse_url
+from orchestrator.paths import RunPaths, is_object_store
 from orchestrator.registry import EventLog
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.words import size
@@ -330,7 +330,7 @@ class NodeAgent:
     def _checkpoint_places(self) -> Iterator[str]:
         """Directories for checkpoints that are not in the run directory anyway."""
         checkpoint = self.orders["checkpoint"]
-        if parse_url(checkpoint["uri"]) is not None:
+        if is_object_store(checkpoint["uri"]):
             if checkpoint.get("scratch") is not None:
                 yield checkpoint["scratch"]
             return

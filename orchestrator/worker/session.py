@@ -38,7 +38,7 @@ from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.checkpoint.manifest import Origin, finite
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
-from orchestrator.paths import DEFAULT_ROOT, RunPaths, parse_url
+from orchestrator.paths import DEFAULT_ROOT, RunPaths, is_object_store
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter, read_events
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker.background import BackgroundSave
@@ -237,7 +237,7 @@ class Session:
         deadline_file = environ.get("ORCH_DEADLINE_FILE")
         stop = StopRequest(Path(deadline_file) if deadline_file else None)
         uri = environ.get("ORCH_CHECKPOINT_URI") or str(paths.checkpoints)
-        scratch = None if parse_url(uri) is None else _make_scratch(identity, plan.get("checkpoint", {}))
+        scratch = _make_scratch(identity, plan.get("checkpoint", {})) if is_object_store(uri) else None
         wanted = signal.Signals[f"SIG{plan.get('signal', 'USR1')}"]
         return cls(
             identity,
@@ -907,8 +907,6 @@ def _open_store(
     uri: str, paths: RunPaths, plan: Mapping[str, Any], stop: StopRequest, scratch: Path | None
 ) -> CheckpointStore:
     """The store of this run as its plan describes it."""
-    if scratch is None:
-        return open_store(uri)
     return open_store(
         uri,
         storage_options=plan.get("storage_options"),

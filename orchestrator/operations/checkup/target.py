@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.paths import parse_url
+from orchestrator.paths import is_object_store
 
 if TYPE_CHECKING:
     from orchestrator.spec import JobSpec, SiteProfile
@@ -49,7 +49,7 @@ class Target:
 
 def target_of_spec(spec: JobSpec, root: Path, partition: str | None, environ: Mapping[str, str]) -> Target:
     """What this spec would get."""
-    remote = parse_url(spec.checkpoint.uri or "") is not None
+    remote = is_object_store(spec.checkpoint.uri)
     uri = None if remote or spec.checkpoint.uri is None else Path(spec.checkpoint.uri)
     chosen = partition or spec.slurm.partition
     # A local agent without a container hands its own environment on; Slurm jobs and containers do not get the login's.
