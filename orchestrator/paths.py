@@ -18,7 +18,8 @@ def parse_url(text: str) -> SplitResult | None:
 
 def is_object_store(uri: str | None) -> bool:
     """Whether `checkpoint.uri` names an object store, not a directory; None is the run directory (pure)."""
-    return parse_url(uri or "") is not None
+    url = parse_url(uri or "")
+    return url is not None and url.scheme != "file"
 
 
 def url_fault(text: str) -> str | None:

@@ -255,6 +255,18 @@ def test_commit_is_found_by_the_next_attempt(tmp_path: Path, start: Callable[...
     assert json.loads((tmp_path / "progress.json").read_text())["step"] == 3
 
 
+def test_a_file_url_is_a_directory_like_any_other(tmp_path: Path, start: Callable[..., Session]) -> None:
+    url = f"file://{RunPaths(tmp_path).checkpoints}"  # taken for an object store, its saves went for emergency saves
+    for attempt in range(2):
+        session = start(attempt=attempt, managed=False, ORCH_CHECKPOINT_URI=url)
+        found = session.resume()
+        session.commit(lambda file: file.write(b"weights"), step=attempt + 1, epoch=0)
+        session.verdict("unsaved", step=attempt + 1, epoch=0)
+    assert found is not None
+    assert found.path.read_bytes() == b"weights"
+    assert session.shares_files
+
+
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     tmp_path: Path, start: Callable[..., Session]
 ) -> None:
