@@ -1,11 +1,15 @@
-"""One save that runs beside the training."""
+"""Saves that run beside the training, one at a time."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable
 
 from orchestrator.checkpoint import Manifest
+from orchestrator.errors import Fenced
+
+log = logging.getLogger("orchestrator.worker")
 
 
 class BackgroundSave:
@@ -39,3 +43,48 @@ class BackgroundSave:
     def wait(self, timeout_s: float | None = None) -> None:
         """Until nothing of it is left to do, or the time is up."""
         self._thread.join(timeout_s)
+
+
+class InFlight:
+    """The save beside the training, while there is one, and what went wrong with it: that is raised once."""
+
+    def __init__(self) -> None:
+        self.save: BackgroundSave | None = None
+
+    def begin(self, commit: Callable[[], Manifest], tidy_up: Callable[[], object]) -> None:
+        """Let one begin, when the one before has been finished."""
+        self.save = BackgroundSave(commit, tidy_up)
+
+    def wait(self, timeout_s: float | None = None) -> BaseException | None:
+        """Until nothing of it is left to do, or the time is up; what has gone wrong with it."""
+        if self.save is None:
+            return None
+        self.save.wait(timeout_s)
+        return self.save.error
+
+    def finish(self) -> None:
+        """Wait for it, and raise what went wrong with it."""
+        self.wait()
+        self.raise_failure()
+        self.save = None
+
+    def finish_commit(self) -> None:
+        """As `finish`, but does not wait for old checkpoints to be removed."""
+        if self.save is not None:
+            self.save.wait_for_commit()
+            self.raise_failure()
+
+    def raise_failure(self, kind: type[BaseException] = BaseException) -> None:
+        """Raise what has gone wrong with it so far, if it is of that kind."""
+        if self.save is not None and isinstance(error := self.save.error, kind):
+            self.save = None
+            raise error
+
+    def drop(self) -> None:
+        """Let it end with the process; what it has not published does not exist. Raises Fenced."""
+        error = None if self.save is None else self.save.error
+        self.save = None
+        if isinstance(error, Fenced):
+            raise error
+        if error is not None:  # no reason to lose what the disk can take
+            log.warning("the save before the last one had failed: %s", error)

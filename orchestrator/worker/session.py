@@ -41,7 +41,7 @@ from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, is_object_store
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter, read_events
 from orchestrator.states import ExitCode, ExitReason
-from orchestrator.worker.background import BackgroundSave
+from orchestrator.worker.background import InFlight
 from orchestrator.worker.ranks import ATTACHED
 from orchestrator.worker.scratch import remove_scratch, scratch_directory
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
@@ -198,7 +198,7 @@ class Session:
         self._position = (0, 0)
         self._committed_at: float | None = None
         self._commit_s: float | None = None  # how long the last commit took
-        self._in_flight: BackgroundSave | None = None
+        self._in_flight = InFlight()
         self._leaving = False
         self._watchdog: DeadlineWatchdog | None = None
         self._heartbeat: HeartbeatThread | None = None
@@ -466,7 +466,7 @@ class Session:
         self.finish_save()
         write = freeze()
         known = finite(metrics or {})  # now: the loop goes on to change them
-        self._in_flight = BackgroundSave(
+        self._in_flight.begin(
             lambda: self._commit(fence, write, step, epoch, known, emergency=False), lambda: self._tidy_up(fence)
         )
 
@@ -481,9 +481,9 @@ class Session:
         """Rank 0: the save that a stop asks for. One in flight comes first, and may leave too little time for this one:
         then its checkpoint is the last. An upload is not waited for: this save goes to the run directory at once."""
         self._leaving = True
-        flying = self._in_flight is not None
+        flying = self._in_flight.save is not None
         if self._refuge is not None:
-            self._drop_upload()
+            self._in_flight.drop()
             flying = False
         self.finish_commit()
         left = self.seconds_left()
@@ -493,36 +493,13 @@ class Session:
         self._commit(self._require_fence(), write, step, epoch, metrics, emergency=True)
         self._position = (step, epoch)
 
-    def _drop_upload(self) -> None:
-        """The save in flight ends with the process; what it has not published does not exist."""
-        error = None if self._in_flight is None else self._in_flight.error
-        self._in_flight = None
-        if isinstance(error, Fenced):
-            raise error
-        if error is not None:  # no reason to lose what the disk can take
-            log.warning("the save before the last one had failed: %s", error)
-
     def finish_save(self) -> None:
         """Wait for the save in flight, if there is one, and raise what went wrong with it."""
-        if self._in_flight is not None:
-            self._in_flight.wait()
-            self._raise_failed_save()
-            self._in_flight = None
+        self._in_flight.finish()
 
     def finish_commit(self) -> None:
         """As `finish_save`, but does not wait for old checkpoints to be removed."""
-        if self._in_flight is not None:
-            self._in_flight.wait_for_commit()
-            self._raise_failed_save()
-
-    def _raise_if_fenced(self) -> None:
-        if self._in_flight is not None and isinstance(self._in_flight.error, Fenced):
-            self._raise_failed_save()
-
-    def _raise_failed_save(self) -> None:
-        if self._in_flight is not None and (error := self._in_flight.error) is not None:
-            self._in_flight = None
-            raise error
+        self._in_flight.finish_commit()
 
     def _commit(
         self,
@@ -718,10 +695,8 @@ class Session:
         it is `stopping` and the last save goes elsewhere, to the run directory: that save is what matters now.
         """
         self._position = (step, epoch)
-        if self._refuge is not None and (stopping or self.stop_requested):
-            self._raise_if_fenced()
-        else:
-            self._raise_failed_save()
+        elsewhere = self._refuge is not None and (stopping or self.stop_requested)
+        self._in_flight.raise_failure(Fenced if elsewhere else BaseException)
         if self._progress is not None:
             self._progress.update(step, epoch, max_steps, throughput, rank_seconds)
 
@@ -831,12 +806,10 @@ class Session:
 
     def _let_save_end(self) -> None:
         """After a failure: a save in flight may be good, and an interpreter that is ending lets it start no thread."""
-        if self._in_flight is None:
-            return
         left = self.seconds_left()
-        self._in_flight.wait(PATIENCE_S if left is None else min(PATIENCE_S, max(0.0, left)))
-        if self._in_flight.error is not None:
-            log.warning("the save beside the training failed, too: %s", self._in_flight.error)
+        error = self._in_flight.wait(PATIENCE_S if left is None else min(PATIENCE_S, max(0.0, left)))
+        if error is not None:
+            log.warning("the save beside the training failed, too: %s", error)
 
     def record_failure(self, error: BaseException) -> None:
         """Write this rank's verdict for `error`; returns so that the caller can raise on. Does not return when the
@@ -877,8 +850,7 @@ class Session:
 
     def close(self) -> None:
         """Stop the threads of this session; for processes that go on afterwards."""
-        if self._in_flight is not None:
-            self._in_flight.wait()
+        self._in_flight.wait()
         if self._watchdog is not None:
             self._watchdog.stop()
         if self._heartbeat is not None:

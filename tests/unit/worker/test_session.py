@@ -24,7 +24,6 @@ from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
 from orchestrator.states import ExitReason
-from orchestrator.worker.background import BackgroundSave
 from orchestrator.worker.session import CheckpointSettings, Session, identify
 from orchestrator.worker.stop import DEADLINE_MARGIN_S, DeadlineWatchdog, StopRequest
 
@@ -427,7 +426,7 @@ def test_a_failed_save_is_raised_by_the_next_report_and_once(start: Callable[...
     session.resume()
     session.commit_async(held.freeze, step=1, epoch=0)
     held.let.set()
-    assert eventually(lambda: session._in_flight is not None and session._in_flight.error is not None)
+    assert eventually(lambda: session._in_flight.save is not None and session._in_flight.save.error is not None)
     expected = CheckpointError if isinstance(failure, OSError) else ValueError
     with pytest.raises(expected, match="No space left" if isinstance(failure, OSError) else "cannot be written"):
         session.report(2, 0, 10)
@@ -444,7 +443,7 @@ def test_a_save_beside_the_training_that_is_fenced_ends_as_any_other(
         session.commit_async(held.freeze, step=1, epoch=0)
         start(attempt=1).resume()
         held.let.set()
-        assert eventually(lambda: session._in_flight is not None and session._in_flight.error is not None)
+        assert eventually(lambda: session._in_flight.save is not None and session._in_flight.save.error is not None)
         session.report(2, 0, 10)
     assert left.value.code == 93
     assert verdict(tmp_path)["outcome"] == "fenced"
@@ -507,7 +506,7 @@ def test_a_stop_does_not_wait_for_an_upload(tmp_path: Path, start: Callable[...,
     session.resume()
     session._refuge = Refuge(tmp_path / "refuge")
     session.commit_async(held.freeze, step=1, epoch=0)
-    upload = session._in_flight
+    upload = session._in_flight.save
     assert upload is not None
     assert held.begun.wait(20)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
@@ -610,7 +609,7 @@ def test_a_failed_upload_does_not_cost_the_last_save(tmp_path: Path, start: Call
     session, held = start(), Held(error=CheckpointError("no answer"))
     session.resume()
     session._refuge = Refuge(tmp_path / "refuge")
-    session._in_flight = BackgroundSave(lambda: held(io.BytesIO()), lambda: None)  # type: ignore[arg-type, return-value]
+    session._in_flight.begin(lambda: held(io.BytesIO()), lambda: None)  # type: ignore[arg-type, return-value]
     held.let.set()
     session._in_flight.wait()
     if heard == "here":
@@ -999,7 +998,7 @@ def test_an_upload_that_fails_while_the_process_leaves_does_not_go_to_the_disk(
     session, held = start(ORCH_CHECKPOINT_URI=store_url), Held()
     session.resume()
     session.commit_async(held.freeze, step=1, epoch=0)
-    upload = session._in_flight
+    upload = session._in_flight.save
     assert upload is not None
     assert held.begun.wait(20)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
