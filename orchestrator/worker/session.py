@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, TypeVar
+from typing import Any, BinaryIO, NoReturn
 
 from orchestrator.checkpoint import (
     Best,
@@ -36,24 +36,22 @@ from orchestrator.checkpoint import (
 )
 from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.checkpoint.manifest import Origin, finite
-from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RegistryError
+from orchestrator.errors import CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, is_object_store
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter, read_events
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.worker.background import InFlight
+from orchestrator.worker.places import Places
 from orchestrator.worker.ranks import ATTACHED
 from orchestrator.worker.scratch import remove_scratch, scratch_directory
 from orchestrator.worker.stop import DeadlineWatchdog, StopRequest
 
 log = logging.getLogger("orchestrator.worker")
 
-T = TypeVar("T")
-
 PATIENCE_S = 60.0  # of one request to an object store, with its repetitions
 PEER_WATCHDOG_GRACE_S = 0.5  # rank 0 writes the verdict, so it goes first
 VERDICT_WAIT_S = 1.0
-OWNER_WAIT_S = 5.0
 SAVE_SAFETY = 1.5  # a second save is begun before the deadline only if this many times the last one's duration is left
 
 
@@ -156,10 +154,6 @@ class Saving:
     emergency: bool  # into the run directory: the object store would take too long
 
 
-class _Leaving(Exception):
-    """The process is about to end: what can be left to the next attempt is."""
-
-
 class Session:
     """One training process of one attempt. `start` builds it; `guard` wraps the training; `commit` saves."""
 
@@ -182,8 +176,8 @@ class Session:
         self.rank, self.world_size, self.managed = identity.rank, identity.world_size, identity.managed
         self.settings = settings
         self.store = store
+        self._places = Places(store, refuge, stop)
         self._scratch = scratch
-        self._refuge = refuge  # with an object store: where a save goes whose time is limited
         self.paths = RunPaths(self.run_dir)
         self.signals = signals
         self.resumed_step: int | None = None
@@ -199,7 +193,6 @@ class Session:
         self._committed_at: float | None = None
         self._commit_s: float | None = None  # how long the last commit took
         self._in_flight = InFlight()
-        self._leaving = False
         self._watchdog: DeadlineWatchdog | None = None
         self._heartbeat: HeartbeatThread | None = None
         self._events: EventLog | None = None
@@ -359,9 +352,9 @@ class Session:
             self.resumed_step = found.manifest.step
             self.last_manifest = found.manifest
             self._position = (found.manifest.step, found.manifest.epoch)
-            if self._refuge is not None:
+            if self._places.refuge is not None:
                 try:
-                    self._refuge.clear(self._fence)
+                    self._places.refuge.clear(self._fence)
                 except CheckpointError as error:  # what stays there takes room, no more
                     log.warning("emergency saves that are in the store were not removed: %s", error)
             log.info(
@@ -382,8 +375,8 @@ class Session:
 
     def _accept(self, found: Found | None) -> None:
         """Before the claim, which makes everything beyond `found` dead. Raises CheckpointError."""
-        if self._refuge is not None:
-            self._refuge.require_base(self.store, found)
+        if self._places.refuge is not None:
+            self._places.refuge.require_base(self.store, found)
         if found is None and not any(n.startswith("step-") or parse_fence_name(n) for n in self.store.sizes()):
             self._refuse_to_forget()
 
@@ -401,7 +394,7 @@ class Session:
     @property
     def shares_files(self) -> bool:
         """Whether the file that rank 0 found is there for all ranks; else every node must `fetch` its own."""
-        return self._refuge is None
+        return self._places.refuge is None
 
     def fetch(self, manifest_name: str) -> Path:
         """A verified local copy of the checkpoint that rank 0 chose. Raises CheckpointError."""
@@ -409,9 +402,9 @@ class Session:
 
     def _bring_in_emergency_saves(self) -> None:
         """The store gets what an attempt before us had to leave in the run directory."""
-        if self._refuge is None:
+        if self._places.refuge is None:
             return
-        for brought in self._refuge.bring_to(self.store):
+        for brought in self._places.refuge.bring_to(self.store):
             path = self.checkpoint_path(brought.manifest)
             if brought.problem is not None:
                 log.warning("passed over %s: %s", path, brought.problem)
@@ -480,9 +473,9 @@ class Session:
     ) -> None:
         """Rank 0: the save that a stop asks for. One in flight comes first, and may leave too little time for this one:
         then its checkpoint is the last. An upload is not waited for: this save goes to the run directory at once."""
-        self._leaving = True
+        self._places.leaving = True
         flying = self._in_flight.save is not None
-        if self._refuge is not None:
+        if self._places.refuge is not None:
             self._in_flight.drop()
             flying = False
         self.finish_commit()
@@ -513,12 +506,11 @@ class Session:
     ) -> Manifest:
         """In the thread of the save, where there is one."""
         started = time.monotonic()
-
-        manifest, in_refuge = self._in_either(
+        manifest, in_refuge = self._places.in_either(
             lambda place: place.commit(fence, write, step=step, epoch=epoch, metrics=metrics, **self._origin), emergency
         )
         if in_refuge and emergency:
-            self._require_newest(fence)
+            self._places.require_newest(fence)
         self._tell(manifest, time.monotonic() - started)
         return manifest
 
@@ -527,77 +519,28 @@ class Session:
 
         `leaving`: the save that a stop asks for, whichever rank has heard of it.
         """
-        self._leaving = self._leaving or leaving
-        emergency = self._leaving or self.stop_requested
+        self._places.leaving = self._places.leaving or leaving
         fence = self._require_fence()
-        return Saving(*self._in_either(lambda place: place.begin(fence, step=step), emergency))
+        return Saving(*self._places.in_either(lambda place: place.begin(fence, step=step), self._places.hurried))
 
     def write_part(self, saving: Saving, write: Callable[[BinaryIO], object], *, part: str | None = None) -> FileEntry:
         """Any rank: one file of the checkpoint that rank 0 has begun. Raises CheckpointError."""
-        return self._where(saving.emergency).write_part(saving.name, write, part=part)
+        return self._places.choose(saving.emergency).write_part(saving.name, write, part=part)
 
     def publish(
         self, saving: Saving, files: Sequence[FileEntry], *, epoch: int, metrics: Mapping[str, float] | None = None
     ) -> Manifest:
         """Rank 0: make the parts a checkpoint; then call `committed`. Raises as `commit`."""
         fence = self._require_fence()
-        store = self._where(saving.emergency)
+        store = self._places.choose(saving.emergency)
         manifest = store.publish(fence, saving.name, files, epoch=epoch, metrics=metrics, **self._origin)
-        if saving.emergency and (self._leaving or self.stop_requested):
-            self._require_newest(fence)
+        if saving.emergency and self._places.hurried:
+            self._places.require_newest(fence)
         return manifest
-
-    def _require_newest(self, fence: Fence) -> None:
-        """After the last save, on the disk, where no claim is seen: ask the store, too. One that does not answer soon
-        is not waited for: the next attempt decides what counts. Raises Fenced."""
-        if self._refuge is None:
-            return
-        owners: list[Fence | None] = []
-
-        def ask() -> None:
-            try:
-                owners.append(self.store.owner())
-            except CheckpointError as error:
-                log.warning("whether a newer attempt owns this run is not known: %s", error)
-
-        asking = threading.Thread(target=ask, name="orch-owner", daemon=True)
-        asking.start()
-        left = self.seconds_left()
-        asking.join(OWNER_WAIT_S if left is None else min(OWNER_WAIT_S, max(0.0, left / 2)))
-        if owners and owners[0] is not None and owners[0].epoch > fence.epoch:
-            raise Fenced(
-                f"attempt {self.attempt} no longer owns this run: {owners[0].holder} took over",
-                hint="this attempt stops and is not restarted; the run goes on in the other one",
-            )
 
     def abandon(self, saving: Saving) -> None:
         """Rank 0: remove the parts of a checkpoint that `publish` was not called for. Raises Fenced, if that is why."""
-        self._where(saving.emergency).abandon(self._require_fence(), saving.name)
-
-    def _where(self, emergency: bool) -> CheckpointStore:
-        return self._refuge.open() if self._refuge is not None and emergency else self.store
-
-    def _in_either(self, save: Callable[[CheckpointStore], T], emergency: bool) -> tuple[T, bool]:
-        """What `save` makes of the place that is meant, and where that fails of the other one; was it the refuge?
-
-        A store that is down, or a full disk, must not end a run that could save. Raises Fenced, and the first failure.
-        """
-        try:
-            return save(self._where(emergency)), emergency
-        except Fenced:
-            raise
-        except CheckpointError as error:
-            if self._refuge is None or (self._leaving and not emergency):  # the last save has the disk to itself
-                raise
-            there = "object store" if emergency else "run directory"
-            log.warning("%s; the save goes to the %s instead", error, there)
-            try:
-                return save(self._where(not emergency)), not emergency
-            except Fenced:
-                raise
-            except CheckpointError as second:
-                log.warning("and that failed: %s", second)
-                raise error from None
+        self._places.choose(saving.emergency).abandon(self._require_fence(), saving.name)
 
     def committed(self, manifest: Manifest, *, seconds: float) -> None:
         """Rank 0: tell everybody about a checkpoint, and remove old ones."""
@@ -636,33 +579,9 @@ class Session:
         return any(path.startswith(f"{place}/") for place in places)
 
     def _tidy_up(self, fence: Fence) -> None:
-        if self.stop_requested or self._leaving:  # the grace period is for saving, not for tidying up
-            return
-        try:
-            if self._refuge is not None and self.last_manifest is not None and not self._in_store(self.last_manifest):
-                self._refuge.keep_newest(fence, self.settings.keep_last)
-                return
-            self.store.collect_garbage(
-                fence,
-                keep_last=self.settings.keep_last,
-                keep_every=self.settings.keep_every,
-                keep_best=self.settings.keep_best,
-                trace=self._unless_leaving,
-            )
-        except _Leaving:
-            return
-        except (Fenced, CheckpointCorrupt):
-            raise
-        except CheckpointError as error:  # the checkpoint stands, and the next save tries again
-            log.warning("old checkpoints were not removed: %s", error)
-
-    def _in_store(self, manifest: Manifest) -> bool:
-        return manifest.directory == self.store.uri
-
-    def _unless_leaving(self, _operation: str) -> None:
-        # The last save does not wait for the removal of old checkpoints; left alone, that could turn last.ckpt back.
-        if self._leaving:
-            raise _Leaving
+        keep = self.settings
+        retention = Retention(keep.keep_last, keep.keep_every, keep.keep_best)
+        self._places.tidy_up(fence, retention, newest=self.last_manifest)
 
     def checkpoint_path(self, manifest: Manifest) -> str:
         """Where the (first) data file of a manifest lies."""
@@ -695,7 +614,7 @@ class Session:
         it is `stopping` and the last save goes elsewhere, to the run directory: that save is what matters now.
         """
         self._position = (step, epoch)
-        elsewhere = self._refuge is not None and (stopping or self.stop_requested)
+        elsewhere = self._places.refuge is not None and (stopping or self.stop_requested)
         self._in_flight.raise_failure(Fenced if elsewhere else BaseException)
         if self._progress is not None:
             self._progress.update(step, epoch, max_steps, throughput, rank_seconds)

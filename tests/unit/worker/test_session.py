@@ -504,7 +504,7 @@ def test_a_stop_does_not_wait_for_an_upload(tmp_path: Path, start: Callable[...,
     """With an object store the last save goes to the run directory, and an upload in flight would only delay it."""
     session, held = start(), Held()
     session.resume()
-    session._refuge = Refuge(tmp_path / "refuge")
+    session._places.refuge = Refuge(tmp_path / "refuge")
     session.commit_async(held.freeze, step=1, epoch=0)
     upload = session._in_flight.save
     assert upload is not None
@@ -514,7 +514,7 @@ def test_a_stop_does_not_wait_for_an_upload(tmp_path: Path, start: Callable[...,
     upload.wait()  # it ends all the same before the process does
     with pytest.raises(Exited):
         session.stopped(step=2, epoch=0)
-    assert [manifest.step for manifest in session._refuge.store.manifests()] == [2]
+    assert [manifest.step for manifest in session._places.refuge.store.manifests()] == [2]
     assert (verdict(tmp_path)["outcome"], verdict(tmp_path)["step"]) == ("saved", 2)
 
 
@@ -608,7 +608,7 @@ def test_a_metric_may_be_a_tensor_and_what_is_no_number_is_left_out(
 def test_a_failed_upload_does_not_cost_the_last_save(tmp_path: Path, start: Callable[..., Session], heard: str) -> None:
     session, held = start(), Held(error=CheckpointError("no answer"))
     session.resume()
-    session._refuge = Refuge(tmp_path / "refuge")
+    session._places.refuge = Refuge(tmp_path / "refuge")
     session._in_flight.begin(lambda: held(io.BytesIO()), lambda: None)  # type: ignore[arg-type, return-value]
     held.let.set()
     session._in_flight.wait()
@@ -820,8 +820,8 @@ def store_url() -> str:
 
 
 def in_refuge(session: Session) -> list[int]:
-    assert session._refuge is not None
-    return [manifest.step for manifest in session._refuge.store.manifests()]
+    assert session._places.refuge is not None
+    return [manifest.step for manifest in session._places.refuge.store.manifests()]
 
 
 def unreadable(monkeypatch: pytest.MonkeyPatch, step: int) -> Callable[[], None]:
@@ -884,8 +884,8 @@ def test_a_damaged_emergency_save_is_passed_over_unless_it_is_all_there_is(
     first = start(ORCH_CHECKPOINT_URI=store_url)
     first.resume()
     first.commit_before_leaving(lambda file: file.write(b"x"), step=50, epoch=0)
-    assert first._refuge is not None
-    (saved,) = first._refuge.store.manifests()
+    assert first._places.refuge is not None
+    (saved,) = first._places.refuge.store.manifests()
     saved.path.write_bytes(b"short")
     with pytest.raises(CheckpointCorrupt, match="the only checkpoint"):
         start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume()
@@ -970,8 +970,8 @@ def test_a_save_goes_to_the_run_directory_while_the_store_is_down(
 def test_the_last_save_goes_to_the_store_when_the_disk_is_full(start: Callable[..., Session], store_url: str) -> None:
     session = start(ORCH_CHECKPOINT_URI=store_url)
     session.resume()
-    assert session._refuge is not None
-    out_of_order(session._refuge.store, errno.EDQUOT)
+    assert session._places.refuge is not None
+    out_of_order(session._places.refuge.store, errno.EDQUOT)
     session.commit_before_leaving(lambda file: file.write(b"x"), step=5, epoch=0)
     assert [manifest.step for manifest in session.store.manifests()] == [5]
 
@@ -1013,9 +1013,9 @@ def test_where_nothing_takes_the_save_the_first_failure_is_raised(
 ) -> None:
     session = start(ORCH_CHECKPOINT_URI=store_url)
     session.resume()
-    assert session._refuge is not None
+    assert session._places.refuge is not None
     out_of_order(session.store, errno.ETIMEDOUT)
-    out_of_order(session._refuge.store, errno.EDQUOT)
+    out_of_order(session._places.refuge.store, errno.EDQUOT)
     with pytest.raises(CheckpointError, match="ETIMEDOUT"):
         session.commit(lambda file: file.write(b"x"), step=5, epoch=0)
 
@@ -1053,7 +1053,7 @@ def test_the_last_save_of_a_replaced_attempt_ends_it_for_good(
 def test_a_store_that_does_not_say_who_owns_the_run_does_not_cost_the_last_save(
     start: Callable[..., Session], monkeypatch: pytest.MonkeyPatch, store_url: str, how: str
 ) -> None:
-    monkeypatch.setattr("orchestrator.worker.session.OWNER_WAIT_S", 0.05)
+    monkeypatch.setattr("orchestrator.worker.places.OWNER_WAIT_S", 0.05)
     session, done = start(ORCH_CHECKPOINT_URI=store_url), threading.Event()
     session.resume()
 
@@ -1099,8 +1099,8 @@ def test_of_an_emergency_save_with_a_damaged_manifest_everything_stays(
     tmp_path: Path, start: Callable[..., Session], store_url: str
 ) -> None:
     first = begin_with_an_emergency_save(start, store_url)
-    assert first._refuge is not None
-    (saved,) = first._refuge.store.manifests()
+    assert first._places.refuge is not None
+    (saved,) = first._places.refuge.store.manifests()
     (RunPaths(tmp_path).checkpoints / saved.name.manifest).write_bytes(b"")
     assert start(attempt=1, ORCH_CHECKPOINT_URI=store_url).resume() is not None
     left = {path.name for path in RunPaths(tmp_path).checkpoints.iterdir()}
@@ -1121,8 +1121,8 @@ def test_an_emergency_save_that_cannot_be_removed_does_not_end_the_attempt(
 ) -> None:
     begin_with_an_emergency_save(start, store_url)
     second = start(attempt=1, ORCH_CHECKPOINT_URI=store_url)
-    assert second._refuge is not None
-    out_of_order(second._refuge.store, errno.EACCES)
+    assert second._places.refuge is not None
+    out_of_order(second._places.refuge.store, errno.EACCES)
     found = second.resume()
     assert found is not None
     assert found.manifest.step == 2
