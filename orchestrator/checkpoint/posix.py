@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
-import io
+import fcntl
+import hashlib
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -17,12 +18,12 @@ from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, POINTER, CheckpointName, FileEntry
 from orchestrator.checkpoint.medium import Problem, Reading, Trace, Vanished
 from orchestrator.checkpoint.store import RETRY_DELAYS_S, CheckpointStore, describe
-from orchestrator.checkpoint.stream import HashingWriter, ParallelHash
+from orchestrator.checkpoint.stream import HashingWriter
 from orchestrator.errors import CheckpointError
 from orchestrator.files import fsync_dir, open_atomic, write_atomic
 
-_CHUNK_BYTES = 4 << 20
-_AHEAD_BYTES = 16 << 20
+_CHUNK_BYTES = 256 << 10
+_ALIGNMENT = 4096  # of what is written past the page cache
 _WRITEBACK_BYTES = 16 << 20
 _VANISHING = (errno.ENOENT, errno.ESTALE)  # what an NFS client answers for a moment after a rename on another machine
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS, errno.EXDEV)
@@ -180,7 +181,7 @@ class Directory:
     def write_data(self, name: str, write: Callable[[BinaryIO], object], *, note: Trace) -> FileEntry:
         """See Medium.write_data."""
         with open_atomic(self.path / name, trace=lambda op: note(f"data-{op}")) as raw:
-            stream = HashingWriter(_EarlyWriteback(raw))  # type: ignore[arg-type]  # all that it uses
+            stream = HashingWriter(_DataFile(raw))
             note("data-write")
             stream.fill(write)
         return FileEntry(name, stream.size, stream.sha256)
@@ -291,54 +292,69 @@ def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None, copy
     with path.open("rb", buffering=0) as handle:
         # What was just written is still in the page cache; reading that back would prove nothing about the disk.
         os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         size = os.fstat(handle.fileno()).st_size
         if size != entry.size:
             return f"{entry.name} has {size} bytes, its manifest says {entry.size}"
-        digest = ParallelHash()
-        try:
-            for chunk in _chunks(handle):
-                digest.begin(chunk)
-                if copy is not None:
-                    copy.write(chunk)
-                if reading is not None:
-                    reading(len(chunk))
-        finally:
-            digest.stop()
+        digest = hashlib.sha256()
+        buffer = memoryview(bytearray(_CHUNK_BYTES))  # small: the processor's cache holds it while it is hashed
+        while count := handle.readinto(buffer):
+            digest.update(buffer[:count])
+            if copy is not None:
+                copy.write(buffer[:count])
+            if reading is not None:
+                reading(count)
     if digest.hexdigest() != entry.sha256:
         return f"the content of {entry.name} does not match its hash"
     return None
 
 
-def _chunks(handle: io.FileIO) -> Iterator[memoryview]:
-    """The content, in two buffers by turns: one is hashed while the other is filled. The disk is kept busy."""
-    buffer, other = (memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2))
-    position = 0
-    while True:
-        os.posix_fadvise(handle.fileno(), position + _CHUNK_BYTES, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
-        count = handle.readinto(buffer)
-        if not count:
-            return
-        position += count
-        yield buffer[:count]
-        buffer, other = other, buffer
+class _DataFile:
+    """The file of a checkpoint, written without a detour through the page cache where the disk is this machine's own.
 
-
-class _EarlyWriteback:
-    """Writes to `handle`, and has the disk begin early: one fsync at the end would wait for everything."""
+    There the cache only costs: pages to find, a copy, and whatever else was in them. What lies behind a network (and
+    every file system without a block device) is written as usual, for there it is the cache that sends ahead.
+    """
 
     def __init__(self, handle: BinaryIO) -> None:
-        self._handle = handle
+        self._fd = handle.fileno()
+        self._direct = bool(os.major(os.fstat(self._fd).st_dev)) and self._set_direct(True)
         self._written = self._begun = 0
 
-    def write(self, data: memoryview) -> int:
-        self._handle.write(data)
-        self._written += len(data)
+    def write(self, block: memoryview) -> None:
+        """See Sink.write."""
+        while block:
+            if self._direct and len(block) % _ALIGNMENT:  # the end of the file, or what is left of a write cut short
+                self._direct = self._set_direct(False)
+            try:
+                count = os.write(self._fd, block)
+            except OSError as error:
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._direct = self._set_direct(False)  # a disk with larger blocks
+                continue
+            block = block[count:]
+            self._written += count
+        if not self._direct:
+            self._begin_writeback()
+
+    def _set_direct(self, on: bool) -> bool:
+        """Whether the file is written past the page cache from now on."""
+        flags = fcntl.fcntl(self._fd, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self._fd, fcntl.F_SETFL, flags | os.O_DIRECT if on else flags & ~os.O_DIRECT)
+        except OSError:
+            if not on:
+                raise
+            return False  # a file system that cannot
+        return on
+
+    def _begin_writeback(self) -> None:
+        """One fsync at the end would wait for everything."""
         if self._written - self._begun >= _WRITEBACK_BYTES:
-            self._handle.flush()
             # Linux starts to write a range that it is told to forget. It only forgets what is on the disk.
-            os.posix_fadvise(self._handle.fileno(), self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._fd, self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
             self._begun = self._written
-        return len(data)
 
 
 def _set_aside(path: Path) -> None:

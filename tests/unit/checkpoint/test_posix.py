@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -97,17 +97,18 @@ def test_a_pointer_that_cannot_be_swapped_does_not_unmake_a_commit(
     assert not [name for name in names(store) if name.endswith(".tmp")]
 
 
-def test_the_disk_error_is_told_not_what_the_serialiser_made_of_it(store: PosixStore) -> None:
+def test_the_disk_error_is_told_not_what_the_serialiser_made_of_it(
+    store: PosixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, fence = take_over(store, attempt=0)
 
-    class Full:
-        def write(self, data: object) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
+    def full(descriptor: int, data: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def write(file: object) -> None:
-        file._raw = Full()  # type: ignore[attr-defined]  # the disk fills up
+    def write(file: BinaryIO) -> None:
+        monkeypatch.setattr(posix.os, "write", full)
         try:
-            file.write(b"x")  # type: ignore[attr-defined]
+            file.write(bytes(40 << 20))
         except OSError:
             raise RuntimeError("PytorchStreamWriter failed writing file data/0") from None
 

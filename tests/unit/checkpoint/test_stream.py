@@ -13,15 +13,16 @@ from typing import BinaryIO
 
 import pytest
 
-from orchestrator.checkpoint.stream import HashingWriter
+from orchestrator.checkpoint.stream import BLOCK_BYTES, HashingWriter
+from tests.polling import poll
 
 
 def test_hashes_and_counts_what_goes_through() -> None:
     raw = io.BytesIO()
     stream = HashingWriter(raw)
     parts = [b"abc", bytearray(b"de"), memoryview(b"fgh"), array.array("d", [1.0, 2.0])]
-    sizes = [stream.write(part) for part in parts]
-    stream.flush()
+    sizes = []
+    stream.fill(lambda file: sizes.extend(file.write(part) for part in parts))
     written = raw.getvalue()
     assert sizes == [3, 2, 3, 16]  # bytes, not items
     assert stream.size == stream.tell() == len(written) == 24
@@ -31,7 +32,8 @@ def test_hashes_and_counts_what_goes_through() -> None:
 @pytest.mark.parametrize("size", [0, 1, (4 << 20) - 1, 4 << 20, (13 << 20) + 7])
 def test_hashes_beside_the_writing_what_its_owner_changes_afterwards(size: int) -> None:
     content = random.Random(size).randbytes(size)
-    stream, memory, begin = HashingWriter(io.BytesIO()), bytearray(3 << 20), 0
+    raw, memory, begin = io.BytesIO(), bytearray(3 << 20), 0
+    stream = HashingWriter(raw)
 
     def write(file: BinaryIO) -> None:
         nonlocal begin
@@ -42,21 +44,52 @@ def test_hashes_beside_the_writing_what_its_owner_changes_afterwards(size: int) 
             begin += len(piece)
 
     stream.fill(write)
+    assert raw.getvalue() == content
     assert stream.sha256 == hashlib.sha256(content).hexdigest()
-    stream.write(b"more")
-    assert stream.sha256 == hashlib.sha256(content + b"more").hexdigest()
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_the_thread_that_hashes_ends_with_the_save(fails: bool) -> None:
+def test_its_threads_end_with_the_save(fails: bool) -> None:
     def write(file: BinaryIO) -> None:
         file.write(bytes(20 << 20))
+        assert {"orch-hash", "orch-write"} <= threads()
         if fails:
             raise ValueError("on purpose")
 
     with pytest.raises(ValueError, match="on purpose") if fails else nullcontext():
         HashingWriter(io.BytesIO()).fill(write)
-    assert "orch-hash" not in [thread.name for thread in threading.enumerate()]
+    assert not {"orch-hash", "orch-write"} & threads()
+
+
+def threads() -> set[str]:
+    return {thread.name for thread in threading.enumerate()}
+
+
+def test_a_small_save_needs_no_threads() -> None:
+    def write(file: BinaryIO) -> None:
+        file.write(bytes(BLOCK_BYTES - 1))
+        assert not {"orch-hash", "orch-write"} & threads()
+
+    HashingWriter(io.BytesIO()).fill(write)
+
+
+def test_holds_a_few_blocks_however_slowly_they_are_written() -> None:
+    size = 12 * BLOCK_BYTES
+    written = 0
+
+    class Slow(io.BytesIO):
+        def write(self, data: object, /) -> int:
+            nonlocal written
+            ahead = min(written + 4 * BLOCK_BYTES, size)
+            poll(lambda: stream.size >= ahead, "the serialiser to fill all blocks")
+            assert stream.size == ahead
+            written += BLOCK_BYTES
+            return super().write(data)  # type: ignore[arg-type]
+
+    raw = Slow()
+    stream = HashingWriter(raw)
+    stream.fill(lambda file: [file.write(bytes(BLOCK_BYTES // 4)) for _ in range(48)])
+    assert len(raw.getvalue()) == size
 
 
 def test_is_a_file_that_can_only_be_written() -> None:
@@ -68,20 +101,41 @@ def test_is_a_file_that_can_only_be_written() -> None:
         stream.fileno()
 
 
-def test_the_first_error_stays() -> None:
-    class Full(io.BytesIO):
-        full = True
+class Full(io.BytesIO):
+    """No room from the second block on, until somebody makes some."""
 
-        def write(self, data: object, /) -> int:
-            if self.full:
-                raise OSError(errno.ENOSPC, "full")
-            return super().write(data)  # type: ignore[arg-type]
+    full = True
 
+    def write(self, data: object, /) -> int:
+        if self.full and self.tell():
+            raise OSError(errno.ENOSPC, "full")
+        return super().write(data)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hidden", [False, True], ids=["raised", "behind another"])
+def test_the_first_error_stays(hidden: bool) -> None:
+    """Also when space becomes free again (the hole stays a hole) and when the serialiser says something else."""
     raw = Full()
     stream = HashingWriter(raw)
-    for _ in range(2):
-        with pytest.raises(OSError, match="full"):
-            stream.write(b"x")
-        raw.full = False  # space has become free: the hole stays a hole
+
+    def write(file: BinaryIO) -> None:
+        try:
+            while True:
+                file.write(bytes(BLOCK_BYTES))
+        except OSError as error:
+            raw.full = False
+            with pytest.raises(OSError, match="full"):
+                file.write(b"more")
+            raise (RuntimeError("PytorchStreamWriter failed") if hidden else error) from None
+
+    with pytest.raises(OSError, match="full"):
+        stream.fill(write)
     assert stream.error is not None
-    assert stream.size == 0
+    assert raw.getvalue() == bytes(BLOCK_BYTES)
+
+
+def test_an_error_of_the_last_block_is_raised() -> None:
+    raw = Full(b"something")
+    raw.seek(1)
+    with pytest.raises(OSError, match="full"):
+        HashingWriter(raw).fill(lambda file: file.write(b"x"))
