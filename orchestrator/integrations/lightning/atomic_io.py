@@ -16,10 +16,12 @@ import os
 import pickle
 import re
 import shutil
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
@@ -35,6 +37,10 @@ log = logging.getLogger("orchestrator.integrations.lightning")
 
 MANIFEST_VERSION = 1
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+# Of the process and not of a plugin: a plugin is pickled for the processes that `ddp_spawn` starts. All can be entered
+# again by the thread that holds them: Lightning saves from a signal handler, too.
+_guard = threading.RLock()
+_locks: WeakValueDictionary[Path, Any] = WeakValueDictionary()  # one for each file that is being saved or removed
 
 
 class AtomicCheckpointIO(CheckpointIO):
@@ -45,7 +51,7 @@ class AtomicCheckpointIO(CheckpointIO):
         if storage_options is not None:
             raise CheckpointError("storage_options are for object stores", hint="save without them")
         target = _on_disk(path)
-        with _told(target, "save"):
+        with _told(target, "save"), _alone(target):
             Directory(target.parent).prepare()
             for left in target.parent.glob(f"{_temporary_stem(target)}*"):
                 left.unlink(missing_ok=True)  # of a save of the same file that was killed
@@ -66,7 +72,7 @@ class AtomicCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """The manifest goes last: a file that has lost it would be loaded unverified."""
         target = _on_disk(path)
-        with _told(target, "remove"):
+        with _told(target, "remove"), _alone(target):
             if target.is_dir() and not target.is_symlink():
                 shutil.rmtree(target)  # what a sharded strategy saved by itself
             else:
@@ -173,6 +179,16 @@ def _told(path: Path, doing: str) -> Iterator[None]:
             f"could not {doing} {path}: {describe(error)}",
             hint=f"{hint}; the file that was there before stands" if doing == "save" else hint,
         ) from error
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """One change of a file at a time. AsyncCheckpointIO saves in a thread while the Trainer removes old files in its
+    own: a removal between the data and its manifest would leave that manifest for whatever gets the name next."""
+    with _guard:
+        lock = _locks.setdefault(target, threading.RLock())
+    with lock:
+        yield
 
 
 def _replace(target: Path, checkpoint: dict[str, Any]) -> None:

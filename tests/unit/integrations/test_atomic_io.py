@@ -6,7 +6,8 @@ import errno
 import json
 import logging
 import os
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +162,59 @@ def test_a_reader_beside_a_writer_finds_no_damage(tmp_path: Path) -> None:
         while not writing.done():
             assert verify(path)
         writing.result()
+
+
+def save_and(path: Path, between: Callable[[], object], monkeypatch: pytest.MonkeyPatch, *, renamed: bool) -> None:
+    """Save with `between` called when the data has its name and the manifest has not, or just before it has."""
+    real = os.replace
+
+    def replace(source: Any, target: Any) -> None:
+        if Path(target) != path:
+            return real(source, target)
+        monkeypatch.setattr(os, "replace", real)
+        if not renamed:
+            between()
+        real(source, target)
+        if renamed:
+            between()
+        return None
+
+    monkeypatch.setattr(os, "replace", replace)
+    io.save_checkpoint(state(1), path)
+
+
+def test_a_removal_beside_a_save_leaves_no_manifest_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "epoch=0.ckpt"
+    with ThreadPoolExecutor(1) as pool:
+        removing: list[Future[None]] = []
+
+        def remove() -> None:
+            removing.append(pool.submit(AtomicCheckpointIO().remove_checkpoint, path))
+            wait(removing, timeout=1)  # it waits for the save that waits here; else it would be through at once
+
+        save_and(path, remove, monkeypatch, renamed=True)
+        removing[0].result(timeout=20)
+    assert names(tmp_path) == []
+
+
+def test_a_save_keeps_no_other_file_from_being_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, other = tmp_path / "epoch=1.ckpt", tmp_path / "epoch=0.ckpt"
+    io.save_checkpoint(state(0), other)
+    with ThreadPoolExecutor(1) as pool:
+        save_and(path, lambda: pool.submit(io.remove_checkpoint, other).result(timeout=20), monkeypatch, renamed=True)
+    assert names(tmp_path) == ["epoch=1.ckpt", "epoch=1.ckpt.json"]
+
+
+def test_a_save_from_a_signal_handler_during_a_save_of_that_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two signals close to each other, Lightning's handler makes two saves of the same hpc_ckpt_….ckpt."""
+    path = tmp_path / "hpc_ckpt_1.ckpt"
+    with pytest.raises(CheckpointError, match="could not save"):
+        save_and(path, lambda: io.save_checkpoint(state(2), path), monkeypatch, renamed=False)
+    assert verify(path)
+    assert io.load_checkpoint(path)["global_step"] == 2
+    assert names(tmp_path) == ["hpc_ckpt_1.ckpt", "hpc_ckpt_1.ckpt.json"]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"version": 1, "contents": []}', '{"version": 9, "contents": [1]}'])
