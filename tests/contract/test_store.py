@@ -77,7 +77,11 @@ class Prefix:
         return ObjectStore(f"s3://{self.root}", storage_options=options, scratch=self.scratch, sleep=lambda s: None)
 
     def names(self) -> list[str]:
-        return [str(name).rpartition("/")[2] for name in self.files.ls(self.root, detail=False, refresh=True)]
+        try:
+            found = self.files.ls(self.root, detail=False, refresh=True)
+        except FileNotFoundError:  # without an object there is no prefix; rclone keeps its directory for a while
+            return []
+        return [str(name).rpartition("/")[2] for name in found]
 
     def read(self, name: str) -> bytes:
         return bytes(self.files.cat_file(f"{self.root}/{name}"))
@@ -922,7 +926,7 @@ def test_what_changes_on_its_way_in_is_not_published(store: CheckpointStore, ref
 
 @pytest.mark.parametrize("earlier", [False, True], ids=["nothing else", "an older one"])
 def test_what_died_on_its_way_in_is_taken_back(
-    place: Place, store: CheckpointStore, open_again: Open, refuge: Refuge, earlier: bool
+    store: CheckpointStore, open_again: Open, refuge: Refuge, earlier: bool
 ) -> None:
     _, fence = take_over(store, attempt=0)
     base = save(store, fence, 10) if earlier else None
@@ -933,7 +937,9 @@ def test_what_died_on_its_way_in_is_taken_back(
 
     assert not store.adopt(manifest, refuge.store.medium, reading=started_meanwhile)
     assert steps(open_again()) == ([10] if earlier else [])
-    assert of_step(place, 17) == []
+    # Not place.names(): where the fences lie on the disk, it lists that, too, and there the save still waits.
+    assert [name for name in open_again().sizes() if name.startswith(f"{manifest.name.stem}.")] == []
+    assert manifest.name.data in refuge.store.medium.names()
 
 
 # --- what the place guarantees
