@@ -20,6 +20,7 @@ from orchestrator.worker.session import Session
 steps = int(sys.argv[1].partition("=")[2])
 session = Session.start()
 session.install_signal_handlers()
+held_at, may_go_on = int(os.environ.get("HELD_AT", steps)), session.run_dir / "may_go_on"
 print("secret", os.environ.get("API_TOKEN") == "s3cret value\\n", flush=True)
 with session.guard():
     found = session.resume()
@@ -27,6 +28,9 @@ with session.guard():
     step = found.manifest.step if found else 0
     print("begins at", step, flush=True)
     while step < steps:
+        while step >= held_at and not may_go_on.exists() and not session.stop_requested:
+            session.report(step, 0, steps)
+            time.sleep(0.02)
         time.sleep(0.02)
         step += 1
         session.report(step, 0, steps)
@@ -79,6 +83,13 @@ class User:
         self.started.add(document["run_id"])
         return document
 
+    def submit_held(self, step: int) -> Any:
+        """A run that stands at that step until it is asked to stop, so that no command comes too late."""
+        return self.submit("--set", f"env.HELD_AT={step}")
+
+    def let_go(self, run_dir: str) -> None:
+        (Path(run_dir) / "may_go_on").touch()
+
     def until(self, run: str, condition: Callable[[Any], bool]) -> Any:
         end = time.monotonic() + 60
         while not condition(status := self.json("status", run)):
@@ -100,12 +111,13 @@ def stepping(status: Any) -> bool:
 
 
 def test_from_submit_to_the_end(user: User) -> None:
-    first = user.submit()
+    first = user.submit_held(5)
     assert (first["action"], first["backend"]) == ("submitted", "local")
     run = first["run_id"]
-    assert user.submit() == {**first, "action": "already_running"}
+    assert user.submit_held(5) == {**first, "action": "already_running"}
+    user.let_go(first["run_dir"])
     assert user.json("wait", run, "--timeout", "60")["state"] == "completed"
-    assert user.submit()["action"] == "already_completed"
+    assert user.submit_held(5)["action"] == "already_completed"
     log = user.orch("logs", run).splitlines()
     assert log[:2] == ["secret True", "begins at 0"]
     assert log[-1] == "step 150"
@@ -117,7 +129,8 @@ def test_from_submit_to_the_end(user: User) -> None:
 
 
 def test_after_a_rollback_it_goes_on_from_there_and_what_came_after_is_logged_once(user: User) -> None:
-    run = user.submit()["run_id"]
+    first = user.submit_held(70)
+    run = first["run_id"]
     user.until(run, lambda status: (status["progress"]["step"] or 0) > 65)
     assert user.json("ckpt", "rollback", run, "--step", "40", code=7)["error"]["type"] == "RefusedError"
     user.orch("cancel", run)
@@ -129,6 +142,7 @@ def test_after_a_rollback_it_goes_on_from_there_and_what_came_after_is_logged_on
     told = user.json("ckpt", "rollback", run, "--step", str(back))
     assert (told["step"], told["steps_given_up"]) == (back, stopped - back)
     assert user.json("status", run)["last_checkpoint"]["step"] == back
+    user.let_go(first["run_dir"])
     assert user.json("resume", run)["action"] == "resumed"
     status = user.json("wait", run, "--timeout", "60")
     assert (status["state"], status["resumed_from"]["step"]) == ("completed", back)
@@ -142,10 +156,12 @@ def test_after_a_rollback_it_goes_on_from_there_and_what_came_after_is_logged_on
 
 
 def test_other_arguments_and_code_only_where_they_are_allowed(user: User) -> None:
-    run = user.submit()["run_id"]
+    first = user.submit_held(30)
+    run = first["run_id"]
     user.until(run, lambda status: (status["progress"]["step"] or 0) > 25)
     user.orch("cancel", run)
     user.until(run, lambda status: not status["alive"])
+    user.let_go(first["run_dir"])
     (user.folder / "train.py").write_text(PROGRAM.replace('"begins at"', '"better, begins at"'))
     change = ["resume", run, "--set", "job.args.steps=149", "--code"]
     refused = user.json(*change, "--allow-drift", "code", code=7)["error"]
@@ -165,11 +181,13 @@ def test_other_arguments_and_code_only_where_they_are_allowed(user: User) -> Non
 
 
 def test_a_drill_loses_no_step(user: User) -> None:
-    run = user.submit()["run_id"]
+    first = user.submit_held(30)
+    run = first["run_id"]
     user.until(run, stepping)
     told = user.orch("preempt", run)
     assert told.startswith("signalled (SIGUSR1) … saved step ")
     assert told.endswith(" 0 steps lost.\n")
+    user.let_go(first["run_dir"])
     assert user.json("wait", run)["state"] == "completed"
     status = user.json("status", run)
     assert status["attempt"] == 1
@@ -181,13 +199,15 @@ def test_a_drill_loses_no_step(user: User) -> None:
 
 
 def test_cancel_saves_and_resume_goes_on(user: User) -> None:
-    run = user.submit()["run_id"]
+    first = user.submit_held(30)
+    run = first["run_id"]
     user.until(run, stepping)
     user.orch("cancel", run)
     ended = user.until(run, lambda status: status["state"] == "cancelled")
     assert ended["last_checkpoint"]["step"] >= 1
-    user.orch("submit", "spec.yaml", code=7)
+    user.orch("submit", "spec.yaml", "--set", "env.HELD_AT=30", code=7)
     (user.folder / "train.py").write_text("raise SystemExit('edited since')\n")
+    user.let_go(first["run_dir"])
     assert user.json("resume", run)["action"] == "resumed"
     assert user.json("wait", run)["state"] == "completed"
     assert user.json("status", run)["resumed_from"]["step"] == ended["last_checkpoint"]["step"]
