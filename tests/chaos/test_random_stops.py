@@ -7,6 +7,7 @@ exactly). `ORCH_CHAOS_STOPS` sets how many.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +43,7 @@ EPOCHS = (STOPS * STEPS_AN_ATTEMPT) // STEPS_AN_EPOCH + 1  # more than the stops
 STEPS = EPOCHS * STEPS_AN_EPOCH
 START_S = 5.0  # what an attempt takes to its first step on an idle machine
 LEAD_TIME_S = 8.0
-DEADLINE_S = 120.0  # for anything waited for
+DEADLINE_S = 120.0  # for anything waited for; where steps have to be made, for the next one of them
 
 TRAINING = Path(__file__).with_name("training_to_stop.py")
 
@@ -86,6 +88,11 @@ class StoppedRun:
             return {"status": "queued", "attempts": []}
         return sidecar
 
+    def brief(self) -> dict[str, Any]:
+        """The sidecar with its newest attempts only, for a message."""
+        sidecar = self.sidecar()
+        return {**sidecar, "attempts": sidecar["attempts"][-2:]}
+
     def attempt(self, number: int) -> dict[str, Any]:
         entry: dict[str, Any] = next(e for e in self.sidecar()["attempts"] if e["attempt"] == number)
         return entry
@@ -95,6 +102,14 @@ class StoppedRun:
         path = self.dir / "said.txt"
         lines = path.read_text().splitlines() if path.exists() else []
         return [(int(attempt), int(step)) for attempt, step in (line.split() for line in lines)]
+
+    def made(self) -> int:
+        """Grows with every step made."""
+        path = self.dir / "said.txt"
+        return path.stat().st_size if path.exists() else 0
+
+    def completed(self) -> bool:
+        return bool(self.sidecar()["status"] == "completed")
 
     def store(self) -> PosixStore:
         return PosixStore(self.dir / "checkpoints")
@@ -128,7 +143,9 @@ class StoppedRun:
         return next((roles[name][0] for name in order[order.index(role) :] if roles[name]), 0)
 
     def kill(self, role: str, signum: int = signal.SIGKILL) -> int:
-        pid = poll(lambda: self.process(role), f"a process to signal ({role})")
+        pid = poll(lambda: self.process(role) or -self.completed(), f"a process to signal ({role})")
+        if pid < 0:  # the last stop may come when all have left: there is nothing to signal
+            return pid
         with contextlib.suppress(ProcessLookupError):  # it has just ended: seen by what follows
             os.kill(pid, signum)
         return pid
@@ -251,6 +268,14 @@ def kill_agent(run: StoppedRun, chance: random.Random) -> None:
         os.kill(run.agent(), signal.SIGKILL)
 
 
+def preempt(run: StoppedRun, chance: random.Random) -> None:
+    try:
+        run.orch("preempt", run.dir.name)
+    except AssertionError:
+        if not run.completed():  # then it is refused, and rightly
+            raise
+
+
 def cancel(run: StoppedRun, chance: random.Random) -> None:
     run.orch("cancel", run.dir.name)
 
@@ -268,7 +293,7 @@ def pause(run: StoppedRun, chance: random.Random) -> None:
 
 USR1, TERM = signal.SIGUSR1, signal.SIGTERM
 KINDS: dict[str, Kind] = {
-    "orch preempt": Kind(lambda run, chance: run.orch("preempt", run.dir.name), NOTICE),
+    "orch preempt": Kind(preempt, NOTICE),
     "USR1": notice(USR1),
     "TERM": notice(TERM),
     "USR1 then TERM": notice(USR1, TERM),
@@ -313,6 +338,19 @@ def plan(chance: random.Random) -> list[Stop]:
     return stops + [Stop(name, finishing) for name in movable[-1:]]
 
 
+class Patience:
+    """The deadline of what comes after many steps: anew for each, because how long all take depends on the machine."""
+
+    def __init__(self, run: StoppedRun) -> None:
+        self.run, self.made, self.until = run, -1, 0.0
+
+    def require(self, what: str) -> None:
+        made, now = self.run.made(), time.monotonic()
+        if made != self.made:
+            self.made, self.until = made, now + DEADLINE_S
+        assert now < self.until, f"no step for {DEADLINE_S:g} s, still waiting for {what}: {self.run.brief()}"
+
+
 # --- the driver ------------------------------------------------------------------------------------------------------
 @dataclass
 class Driver:
@@ -347,16 +385,16 @@ class Driver:
             come = stop.moment(self.run, attempt, self.chance)
             if self._comes(come, attempt, stop):
                 return attempt
-            assert self._was_signalled(attempt), f"attempt {attempt} ended by itself: {self.run.sidecar()}"
+            assert self._was_signalled(attempt), f"attempt {attempt} ended by itself: {self.run.brief()}"
 
     def _comes(self, come: Callable[[], bool], attempt: int, stop: Stop) -> bool:
         """False when the attempt ended before."""
-        until, look = time.monotonic() + DEADLINE_S, 0.0
+        patience, look = Patience(self.run), 0.0
         while not come():
             now = time.monotonic()
-            assert now < until, f"attempt {attempt} never came to {stop.moment.__name__}"
             if now >= look:
                 look = now + 0.1
+                patience.require(f"attempt {attempt} to come to {stop.moment.__name__}")
                 if self.run.attempt(attempt)["ended"] is not None:
                     return False
             time.sleep(0.002)  # a save takes a few of these
@@ -368,7 +406,7 @@ class Driver:
         def newest() -> dict[str, Any] | None:
             sidecar = self.run.sidecar()
             open_ones = [entry for entry in sidecar["attempts"] if entry["ended"] is None]
-            assert sidecar["status"] in ("queued", "running", "preempted"), sidecar
+            assert sidecar["status"] in ("queued", "running", "preempted"), self.run.brief()
             return open_ones[-1] if open_ones else None
 
         return int(poll(newest, "the next attempt", timeout=DEADLINE_S)["attempt"])
@@ -413,7 +451,7 @@ class Driver:
             self._gone()
             self._resume(kind, attempt)
         else:
-            assert state["status"] in ("running", "completed"), state
+            assert state["status"] in ("running", "completed"), self.run.brief()
 
     def _end_of(self, attempt: int) -> dict[str, Any] | None:
         entry = self.run.attempt(attempt)
@@ -431,7 +469,7 @@ class Driver:
 
     def _assert_crash_loop(self, sidecar: dict[str, Any]) -> None:
         """Three attempts in a row that failed without a new step: nothing else may end the run as failed."""
-        assert sidecar["exit_reason"] == "no_progress", sidecar
+        assert sidecar["exit_reason"] == "no_progress", self.run.brief()
         last = sidecar["attempts"][-3:]
         assert [entry["exit_reason"] for entry in last] == 3 * ["failure"], last
         assert all((entry["step_end"] or 0) <= (entry["step_start"] or 0) for entry in last), last
@@ -439,12 +477,28 @@ class Driver:
     def finish(self) -> None:
         """Let the run complete."""
         (self.run.dir / "may_end").touch()
-        poll(lambda: self.run.sidecar()["status"] == "completed", "the run to complete", timeout=2 * DEADLINE_S)
+        patience = Patience(self.run)
+        while not self.run.completed():
+            patience.require("the run to complete")
+            time.sleep(0.02)
         poll(lambda: not self.run.processes(), "all processes of the run to end", timeout=30)
 
     def story(self) -> str:
         counts = Counter(line.partition(": ")[2].partition(",")[0] for line in self.told)
-        return "\n".join([f"ORCH_CHAOS_SEED={SEED} draws these stops again.", *self.told, str(dict(counts))])
+        return "\n".join([*self.told, str(dict(counts))])
+
+    def note(self, error: BaseException) -> str:
+        """For the end of a failure, where a log that was cut short is still read: last stops, seed, reason."""
+        last = [f"the last of {len(self.told)} stops:", *self.told[-5:]]
+        return "\n".join([*last, f"ORCH_CHAOS_SEED={SEED} draws these stops again.", _reason(error)])
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong and where in this test, in a few words."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/tests/" in frame.filename]
+    where = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(frames))
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}: {words[:1000]} (in {where})"
 
 
 @pytest.fixture
@@ -472,18 +526,20 @@ def test_random_stops_leave_no_trace(untouched: StoppedRun, tmp_path: Path) -> N
         driver.finish()
         assert_nobody_can_tell(untouched, run)
     except BaseException as error:
-        error.add_note(driver.story())
+        error.add_note(driver.note(error))
         raise
     finally:
+        print(driver.story())
         run.end_everything()
-    print(driver.story())
 
 
 def assert_nobody_can_tell(untouched: StoppedRun, stopped: StoppedRun) -> None:
     for name in ("final.pt", "checkpoints/last.ckpt"):
         one, other = (torch.load(run.dir / name, weights_only=True) for run in (untouched, stopped))
         assert_same_tree(one, other, name)
-    assert (untouched.dir / "metrics.csv").read_bytes() == (stopped.dir / "metrics.csv").read_bytes()
+    rows, others = ((run.dir / "metrics.csv").read_bytes().splitlines(True) for run in (untouched, stopped))
+    different = next((pair for pair in itertools.zip_longest(rows, others) if pair[0] != pair[1]), None)
+    assert different is None, f"the first row of metrics.csv that differs: {different}"
     history = History(stopped.dir)
     history.assert_attempts_are_complete()
     history.assert_nothing_committed_was_lost(stopped.damaged)
