@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.found import Found, Listed, Skipped
+from orchestrator.checkpoint.found import Found, Listed, Load, Skipped
 from orchestrator.checkpoint.lineage import Fence, Lineage
 from orchestrator.checkpoint.manifest import CheckpointName, FileEntry, Manifest, parse_manifest
 from orchestrator.checkpoint.medium import Reading, Trace
@@ -30,6 +30,7 @@ __all__ = [
     "Found",
     "Lineage",
     "Listed",
+    "Load",
     "Manifest",
     "PosixStore",
     "Reading",

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from orchestrator.checkpoint.manifest import CheckpointName, Manifest
+
+Load = Callable[[Path], Any]
+"""Makes a state of the file at that path."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Found:
     manifest: Manifest
     files: Mapping[str, Path]  # by name: where each of the manifest's files can be loaded from
     skipped: tuple[Skipped, ...]  # newer ones that could not be used, newest first
+    loaded: Any = field(default=None, compare=False, repr=False)  # what `load` made of it, where one was given
 
     @property
     def path(self) -> Path:

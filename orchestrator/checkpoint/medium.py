@@ -42,6 +42,7 @@ class Medium(Protocol):
     """One flat collection of files; names are plain."""
 
     uri: str
+    in_place: bool  # whether files can be loaded from where they lie; else they are fetched by `examine`
     lists_at_once: bool  # False where a listing comes in pages: a later page may show what is younger than a fence
 
     def names(self) -> list[str]:

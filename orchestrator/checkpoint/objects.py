@@ -110,6 +110,7 @@ class ObjectStore(CheckpointStore):
 class Bucket:
     """A medium: one object per file. `patience_s` says how long an operation may be tried again, at its start."""
 
+    in_place = False
     lists_at_once = False
 
     def __init__(

@@ -50,6 +50,7 @@ class PosixStore(CheckpointStore):
 class Directory:
     """A medium: small files by link and rename, every change followed by fsync of the directory."""
 
+    in_place = True
     lists_at_once = True
 
     def __init__(

@@ -13,13 +13,14 @@ import logging
 import os
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import BinaryIO, Unpack
+from typing import Any, BinaryIO, Unpack
 
 from orchestrator.checkpoint.coverage import parse_index
-from orchestrator.checkpoint.found import Found, Listed, Skipped
+from orchestrator.checkpoint.found import Found, Listed, Load, Skipped
 from orchestrator.checkpoint.lineage import (
     FROM_SCRATCH,
     Fence,
@@ -48,6 +49,7 @@ from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from orchestrator.files import open_atomic, write_atomic
 
 _log = logging.getLogger(__name__)
+
 
 REMEMBERED_BASES = 16  # of the epochs before it in every fence; all of them would grow with the square of the attempts
 _commits = itertools.count()  # of this process: one that saves here and in the refuge must not start again at 0
@@ -93,10 +95,12 @@ class CheckpointStore:
 
     # --- reading
 
-    def find(self, *, keep: bool = True) -> Found | None:
+    def find(self, *, keep: bool = True, load: Load | None = None) -> Found | None:
         """The newest live checkpoint whose bytes match; None when nothing was ever committed.
 
         Without `keep` its bytes are compared and not kept: there is nothing to load where `files` says.
+        `load` is called with the path of a checkpoint in one file, on a disk while its bytes are still being compared:
+        what it makes of damaged ones is dropped, and so is what it raises. It must not trust what it reads.
         Damaged ones are set aside as `*.corrupt` and reported. Raises CheckpointCorrupt when checkpoints were committed
         but none is usable (to start over silently would throw the work away for good), CheckpointError when the store
         cannot be read.
@@ -104,7 +108,7 @@ class CheckpointStore:
         for delay in (*RETRY_DELAYS_S, None):
             try:
                 with self._translated("read"):
-                    return self._find(keep)
+                    return self._find(keep, load)
             except Vanished as vanished:
                 if delay is None:
                     raise CheckpointError(
@@ -211,7 +215,7 @@ class CheckpointStore:
             ) from error
         return directory / manifest.files[0].name
 
-    def _find(self, keep: bool) -> Found | None:
+    def _find(self, keep: bool, load: Load | None) -> Found | None:
         names = self._names()
         lineage = self._lineage(names)
         self._passed_over.clear()
@@ -230,10 +234,10 @@ class CheckpointStore:
                 skipped.append(self._quarantine(name, error.message))
                 damaged.append(name)
         for manifest in sorted(live, key=lambda m: m.rank, reverse=True):
-            problem = self._verify(manifest, keep=keep)
+            problem, loaded = self._verify_and_load(manifest, keep, load)
             if problem is None:
-                newer = [s for s in skipped if not _is_older(s, manifest)]
-                return self._found(manifest, sorted(newer, key=lambda s: s.name, reverse=True))
+                newer = sorted((s for s in skipped if not _is_older(s, manifest)), key=lambda s: s.name, reverse=True)
+                return replace(self._found(manifest, newer), loaded=loaded)
             if manifest.name in self._unreadable:
                 self._refuse_to_pass_over(manifest, problem)
                 self._passed_over.add(manifest.name)
@@ -243,6 +247,29 @@ class CheckpointStore:
                 damaged.append(manifest.name)
         self._refuse_to_start_over(damaged, skipped)
         return None
+
+    def _verify_and_load(self, manifest: Manifest, keep: bool, load: Load | None) -> tuple[str | None, Any]:
+        """What is wrong with a checkpoint, or what was loaded of it. Raises Vanished, and what `load` raises of a sound
+        one."""
+        if load is None or manifest.sharded:
+            return self._verify(manifest, keep=keep), None
+        path = self.medium.local(manifest.name.data)
+        if not self.medium.in_place:
+            problem = self._verify(manifest, keep=True)
+            return problem, load(path) if problem is None else None
+        loaded, failure = None, None
+        with ThreadPoolExecutor(1, "orch-verify") as beside:
+            verifying = beside.submit(self._verify, manifest)
+            try:
+                loaded = load(path)
+            except Exception as error:  # noqa: BLE001 - raised below, unless damage explains it
+                failure = error
+            problem = verifying.result()
+        if problem is not None:
+            return problem, None
+        if failure is not None:
+            raise failure
+        return None, loaded
 
     def _found(self, manifest: Manifest, skipped: Iterable[Skipped], only: Container[str] | None = None) -> Found:
         names = [entry.name for entry in manifest.files if only is None or entry.name in only]

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import PrefixStore, rendezvous  # type: ignore[attr-defined]  # public, not listed in __all__
 
+from orchestrator.checkpoint import Found
 from orchestrator.errors import CheckpointError
 from orchestrator.integrations.saving import StateSaver
 from orchestrator.worker.session import CheckpointSettings, Session
@@ -50,7 +51,25 @@ def resume_path(session: Session) -> str | None:
 
     Rank 0 opens the fence epoch. From an object store the first rank of every node fetches a copy for its node.
     """
-    found = session.resume()
+    return _resume(session)[1]
+
+
+def resume_state(session: Session) -> Any:
+    """What `torch.load` makes of `resume_path`, on the CPU. Rank 0 loads while it compares: a damaged file is no
+    danger, for nothing but tensors and plain types are loaded. Collective."""
+
+    def load(path: Path) -> Any:
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+    found, path = _resume(session, load)
+    if path is None:
+        return None
+    return load(Path(path)) if found is None else found.loaded
+
+
+def _resume(session: Session, load: Callable[[Path], Any] | None = None) -> tuple[Found | None, str | None]:
+    """What rank 0 found (None on the others), and where this rank can load it."""
+    found = session.resume(load)
     if found is not None and found.manifest.sharded:
         raise CheckpointError(
             f"the checkpoint of step {found.manifest.step} lies in shards; this program loads one file",
@@ -59,14 +78,14 @@ def resume_path(session: Session) -> str | None:
     mine = None if found is None else {"manifest": found.manifest.name.manifest, "path": str(found.path)}
     chosen = json.loads(agree(json.dumps(mine)))
     if chosen is None:
-        return None
+        return None, None
     if session.shares_files:
-        return str(chosen["path"])
+        return found, str(chosen["path"])
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     first = session.rank - local_rank  # torchrun numbers the ranks of a node in a row
     if first == 0:
-        return str(chosen["path"])
-    return _tell_node(lambda: str(session.fetch(chosen["manifest"])), first_rank=first, is_first=local_rank == 0)
+        return found, str(chosen["path"])
+    return None, _tell_node(lambda: str(session.fetch(chosen["manifest"])), first_rank=first, is_first=local_rank == 0)
 
 
 def _tell_node(fetch: Callable[[], str], *, first_rank: int, is_first: bool) -> str:
@@ -227,9 +246,9 @@ class ResumableLoop:
         self._resume()
 
     def _resume(self) -> None:
-        path = resume_path(self.session)
-        if path is not None:
-            self._restore(torch.load(Path(path), map_location="cpu", weights_only=True))
+        state = resume_state(self.session)
+        if state is not None:
+            self._restore(state)
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         for name, part in self._parts.items():

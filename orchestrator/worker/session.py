@@ -28,6 +28,7 @@ from orchestrator.checkpoint import (
     Fence,
     FileEntry,
     Found,
+    Load,
     Manifest,
     Refuge,
     Retention,
@@ -331,9 +332,10 @@ class Session:
             hint=f"restore the data, or if other data is meant:  {insist}",
         )
 
-    def resume(self) -> Found | None:
+    def resume(self, load: Load | None = None) -> Found | None:
         """Rank 0: the newest good checkpoint (None: start from the beginning), and this attempt's fence epoch.
 
+        `load` makes a state of its file while its bytes are still being compared (`CheckpointStore.find`).
         Other ranks get None at once; what was found is told to them by `orchestrator.integrations.torch.resume_path`.
         """
         if not self.is_chief:
@@ -342,7 +344,7 @@ class Session:
             log.warning("%s: %s", self.store.uri, weakness)
             self.event("action", action="weak_store", message=weakness)
         self._bring_in_emergency_saves()
-        found, self._fence = take_over(self.store, attempt=self.attempt, accept=self._accept)
+        found, self._fence = take_over(self.store, attempt=self.attempt, accept=self._accept, load=load)
         skipped = [{"path": skip.location, "reason": skip.reason} for skip in found.skipped] if found else []
         for skip in skipped:
             log.warning("passed over %s: %s", skip["path"], skip["reason"])

@@ -455,6 +455,43 @@ def test_any_number_of_damaged_ones_is_passed_over(place: Place, store: Checkpoi
     assert [int(s.name[5:14]) for s in result.skipped] == [6, 5, 4, 3, 2]
 
 
+def test_what_is_loaded_while_it_is_compared_counts_only_if_it_matches(
+    place: Place, store: CheckpointStore, open_again: Open
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    for step in (1, 2, 3):
+        newest = save(store, fence, step)
+    place.write(newest.name.data, content(3)[:-1] + b"!")  # same size
+    tried: list[bytes] = []
+
+    def load(path: Path) -> bytes:
+        tried.append(path.read_bytes())
+        if tried[-1].endswith(b"!"):
+            raise ValueError("on purpose: damage looks like this to whoever loads it")
+        return tried[-1]
+
+    result, _ = take_over(open_again(), attempt=1, load=load)
+    assert result is not None
+    assert (result.manifest.step, result.loaded) == (2, content(2))
+    assert [Path(skip.location).name for skip in result.skipped] == [newest.name.data]
+    assert tried[-1] == content(2)
+
+
+def test_what_cannot_be_loaded_of_a_sound_checkpoint_is_told_and_nothing_is_set_aside(
+    place: Place, store: CheckpointStore, open_again: Open
+) -> None:
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1)
+    before = sorted(place.names())
+
+    def load(path: Path) -> None:
+        raise ValueError("on purpose: not a state of this program")
+
+    with pytest.raises(ValueError, match="on purpose"):
+        take_over(open_again(), attempt=1, load=load)
+    assert sorted(place.names()) == before
+
+
 def test_when_all_are_damaged_nobody_starts_over_in_silence(
     place: Place, store: CheckpointStore, open_again: Open
 ) -> None:
