@@ -6,23 +6,20 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import Fence, Found, Manifest, PosixStore, take_over
+from orchestrator.checkpoint import CheckpointName, Fence, Found, Manifest, PosixStore, take_over
 from orchestrator.errors import CheckpointError
+from tests.chaos.kills import Kill, at, kill_plan, run_until_killed
 from tests.chaos.nursery import SIZE, Nursery, committer
 from tests.chaos.nursery import nursery as open_nursery
 
@@ -51,7 +48,7 @@ COMMIT_POINTS = [
     "saved",
 ]
 CLAIM_POINTS = ["fence-directory", "fence-create", "fence-link", "fence-check"]
-GARBAGE_POINTS = ["gc-verify", "gc-unlink-manifest", "gc-dirsync", "gc-unlink-data", "gc-sweep", "collected"]
+GARBAGE_POINTS = ["gc-verify", "gc-unlink-manifest", "gc-dirsync", "gc-unlink-data", "gc-sweep"]
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +76,13 @@ def polled(directory: Path) -> Iterator[None]:
 
 
 def load(result: Found) -> int:
-    """The step whose bytes are in the checkpoint, which must be the one it claims."""
-    step, _ = committer.parse_content(result.path.read_bytes())
-    assert step == result.manifest.step
-    return int(step)
+    """The step whose bytes are in the checkpoint, in every file of it, which must be the one it claims."""
+    states = [path for name, path in result.files.items() if name.endswith(".ckpt")]
+    for path in states:
+        step, _ = committer.parse_content(path.read_bytes())
+        assert step == result.manifest.step
+    assert len(states) == (1 + committer.SHARDS if result.manifest.sharded else 1)
+    return result.manifest.step
 
 
 def save(store: PosixStore, fence: Fence, step: int, attempt: int) -> Manifest:
@@ -91,44 +91,39 @@ def save(store: PosixStore, fence: Fence, step: int, attempt: int) -> Manifest:
 
 
 def assert_tidy(store: PosixStore, fence: Fence) -> None:
-    """Nothing half done of an older epoch is left, and no manifest without its data."""
+    """Nothing half done of an older epoch is left, no manifest without its data and no data without its manifest."""
     names = {path.name for path in store.directory.iterdir()}
     assert not [name for name in names if name.endswith(".tmp") and f".e{fence.epoch:04d}." not in name]
-    for name in names:
-        if name.startswith("step-") and name.endswith((".ckpt", ".json")):
-            assert {name[:-5] + ".ckpt", name[:-5] + ".json"} <= names
+    for name in filter(None, map(CheckpointName.of, names)):
+        assert {name.data, name.manifest} <= names
 
 
-def kill_plan(count: int) -> Iterator[dict[str, Any]]:
-    """Orders for attempts to be killed: every instrumented point in turn, every third one at a random time."""
-    points = itertools.cycle(["start", *CLAIM_POINTS, "started", *COMMIT_POINTS, *GARBAGE_POINTS])
-    chance = random.Random(count)
-    for n in range(count):
-        if n % 3 == 2:
-            yield {"after_s": chance.uniform(0, 0.06)}
-        else:
-            point = next(points)
-            nth = 1 if point in ("start", "started", *CLAIM_POINTS) else chance.choice([1, 1, 2, 3])
-            yield {"at": point, "nth": nth, "signal": "SIGKILL"}
+# By how the checkpoints are saved: what share of the kills, and where.
+SAVING = {
+    "one file": (1.0, [*CLAIM_POINTS, *COMMIT_POINTS, *GARBAGE_POINTS, "collected"], (1, 1, 2, 3)),
+    "shards": (0.2, [*COMMIT_POINTS, "publish", *GARBAGE_POINTS], (1, 2, 3, 4, 5)),
+    "beside the training": (0.2, [*COMMIT_POINTS, "training", *GARBAGE_POINTS], (1, 1, 2, 3)),
+}
 
 
-def test_kills_at_every_point_and_at_any_time(nursery: Nursery, tmp_path: Path) -> None:
-    plan = list(kill_plan(KILLS))
-    for first in range(0, KILLS, KILLS_PER_RUN):
-        kill_attempts_of_one_run(nursery, tmp_path / f"run-{first}", plan[first : first + KILLS_PER_RUN])
+def points_to_kill_at(points: list[str], nths: tuple[int, ...]) -> list[Kill]:
+    return [at("start"), at("started"), *(at(point, nth=(1,) if point in CLAIM_POINTS else nths) for point in points)]
 
 
-def kill_attempts_of_one_run(nursery: Nursery, directory: Path, plan: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("saving", SAVING)
+def test_kills_at_every_point_and_at_any_time(nursery: Nursery, tmp_path: Path, saving: str) -> None:
+    share, points, nths = SAVING[saving]
+    plan = list(kill_plan(round(share * KILLS), points_to_kill_at(points, nths), longest_s=0.06))
+    for first in range(0, len(plan), KILLS_PER_RUN):
+        kill_attempts_of_one_run(nursery, tmp_path / f"run-{first}", plan[first : first + KILLS_PER_RUN], saving)
+
+
+def kill_attempts_of_one_run(nursery: Nursery, directory: Path, plan: list[Kill], saving: str) -> None:
+    order = {"saving": saving, "run_dir": f"{directory}-run"}
     acknowledged, killed = 0, 0
     with polled(directory):
-        for attempt, order in enumerate(plan):
-            after_s = order.pop("after_s", None)
-            child = nursery.start(directory, attempt, **order)
-            if after_s is not None:
-                time.sleep(after_s)  # the random moment itself, not a synchronisation
-                os.kill(child.pid, signal.SIGKILL)
-            child.wait_for("exited")
-            assert child.status == -signal.SIGKILL
+        for attempt, kill in enumerate(plan):
+            child = run_until_killed(nursery, directory, attempt, kill, **order)
             killed += 1
             acknowledged = max([acknowledged, *child.saved])
             store = PosixStore(directory)
@@ -137,6 +132,7 @@ def kill_attempts_of_one_run(nursery: Nursery, directory: Path, plan: list[dict[
             # What was committed is there, and at most the one save more whose commit had not returned yet.
             assert acknowledged <= newest <= acknowledged + 1
             assert not result or result.skipped == ()  # a kill is not damage
+            assert not result or result.manifest.sharded == (saving == "shards")
             acknowledged = newest
     assert killed == len(plan)
     store = PosixStore(directory)
@@ -149,9 +145,19 @@ def kill_attempts_of_one_run(nursery: Nursery, directory: Path, plan: list[dict[
     assert len(store.manifests()) == 2
 
 
+def test_these_are_all_points(tmp_path: Path) -> None:
+    done: set[str] = set()
+    store = committer.traced(PosixStore(tmp_path), done.add)
+    _, fence = take_over(store, attempt=0)
+    for step in (1, 2, 3):
+        save(store, fence, step, 0)
+    store.collect_garbage(fence, keep_last=2)
+    assert done == {*CLAIM_POINTS, *COMMIT_POINTS, *GARBAGE_POINTS} - {"data-piece", "saved"}
+
+
 def race_plan(count: int) -> list[tuple[str, int]]:
     """(where the old attempt stops, in which of its saves)."""
-    points = [*COMMIT_POINTS, *GARBAGE_POINTS]
+    points = [*COMMIT_POINTS, *GARBAGE_POINTS, "collected"]
     return [(points[n % len(points)], 1 + (n // len(points) + n) % 3) for n in range(count)]
 
 
