@@ -1,5 +1,6 @@
 """Every system call of a take-over, two saves and a collection fails, one after the other and in every way it can.
 
+Those on open files, too: a read or write in the middle of a file, and the close that brings a full disk to light.
 Quotas, broken disks and stale handles cannot be had on every machine: these errors are put in the place of the call, in
 this process. Full and read-only file systems, a file size limit and kills are real, in test_posix_commit.py.
 """
@@ -21,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import PosixStore, take_over
+from orchestrator.checkpoint import PosixStore, posix, take_over
 from orchestrator.errors import CheckpointError, Fenced
 from tests.chaos.nursery import committer
 
@@ -29,10 +30,19 @@ SIZE = 2_000
 STEP = int(os.environ.get("ORCH_CHAOS_FAULT_STEP", "3"))  # 1 = every call, n = every n-th
 READING = [errno.EIO, errno.ESTALE, errno.ENOENT]
 WRITING = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE]
+FULL = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
+PIECE_BYTES = 1_000  # read and written at once
 CALLS: dict[str, list[int]] = {
     "listdir": [errno.EIO, errno.ESTALE],
     "readlink": READING,
-    "fsync": [errno.EIO, errno.EDQUOT, errno.ENOSPC],  # of files and of directories
+    "open to read": READING,
+    "read": [errno.EIO, errno.ESTALE],
+    "readinto": [errno.EIO, errno.ESTALE],
+    "create": WRITING,
+    "write": [*FULL, errno.ESTALE],
+    "flush": FULL,
+    "close": FULL,
+    "fsync": FULL,  # of files and of directories
     "open": WRITING,
     "replace": WRITING,
     "rename": WRITING,
@@ -51,35 +61,103 @@ class Disk:
     calls: list[str] = field(default_factory=list)
     injected: Counter[str] = field(default_factory=Counter)
 
-    def wrap(self, call: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        def called(first: Any, *args: Any, **kwargs: Any) -> Any:
-            where = Path(f"/proc/self/fd/{first}").resolve() if isinstance(first, int) else Path(first)
-            if call == "symlink":
-                where = Path(args[0])  # `first` is what it says
-            if not where.is_relative_to(self.directory):
-                return original(first, *args, **kwargs)
-            number = len(self.calls)
-            self.calls.append(call)
-            code = self.fails(call, number)
-            if code is None:
-                return original(first, *args, **kwargs)
+    def meet(self, call: str, where: Path) -> None:
+        """Raises what that call is to fail with."""
+        number = len(self.calls)
+        self.calls.append(call)
+        code = self.fails(call, number)
+        if code is not None:
             self.injected[f"{call} {errno.errorcode[code]}"] += 1
             raise OSError(code, os.strerror(code), str(where))
 
+    def wrap(self, call: str, original: Callable[..., Any]) -> Callable[..., Any]:
+        def called(first: Any, *args: Any, **kwargs: Any) -> Any:
+            where = Path(args[0]) if call == "symlink" else _place(first)  # of a symlink, `first` is what it says
+            if where.is_relative_to(self.directory):
+                self.meet(call, where)
+            return original(first, *args, **kwargs)
+
         return called
+
+    def wrap_open(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def opened(first: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            where, writes = _place(first), not mode.startswith("r")
+            if not where.is_relative_to(self.directory):
+                return original(first, mode, *args, **kwargs)
+            if not isinstance(first, int):  # else os.open has met it
+                self.meet("create" if writes else "open to read", where)
+            return OpenFile(self, where, original(first, mode, *args, **kwargs), writes)
+
+        return opened
+
+
+def _place(first: Any) -> Path:
+    return Path(f"/proc/self/fd/{first}").resolve() if isinstance(first, int) else Path(first)
+
+
+@dataclass
+class OpenFile:
+    """A file whose calls fail as the disk has it."""
+
+    disk: Disk
+    where: Path
+    file: Any
+    writes: bool
+
+    def read(self, *args: Any) -> Any:
+        self.disk.meet("read", self.where)
+        return self.file.read(*args)
+
+    def readinto(self, buffer: Any) -> Any:
+        self.disk.meet("readinto", self.where)
+        return self.file.readinto(buffer)
+
+    def write(self, data: Any) -> Any:
+        try:
+            self.disk.meet("write", self.where)
+        except OSError:
+            self.file.write(data[: len(data) // 2])  # for that much there was room
+            self.file.flush()
+            raise
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.disk.meet("flush", self.where)
+        self.file.flush()
+
+    def fileno(self) -> int:
+        return int(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+        if self.writes:
+            self.disk.meet("close", self.where)
+
+    def __enter__(self) -> OpenFile:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
 
 @contextmanager
 def breaking(disk: Disk) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for call in CALLS:
-            patch.setattr(os, call, disk.wrap(call, getattr(os, call)))
-        patch.setattr(io, "open", disk.wrap("read", io.open))
+            if hasattr(os, call) and call not in ("read", "write", "close"):
+                patch.setattr(os, call, disk.wrap(call, getattr(os, call)))
+        patch.setattr(io, "open", disk.wrap_open(io.open))
+        patch.setattr(posix, "_CHUNK_BYTES", PIECE_BYTES)
         yield
 
 
 def failing_at(at: int, code: int, *, for_good: bool) -> Callable[[str, int], int | None]:
     return lambda call, number: code if number == at or (for_good and number > at) else None
+
+
+def write_pieces(file: Any, data: bytes) -> None:
+    for start in range(0, len(data), PIECE_BYTES):
+        file.write(data[start : start + PIECE_BYTES])
 
 
 class Run:
@@ -108,7 +186,7 @@ class Run:
         for step in (first, first + 1):
             data = committer.content(step, number, SIZE)
             self.tried = max(self.tried, step)
-            store.commit(fence, lambda f, d=data: f.write(d), step=step, epoch=0, world_size=1)
+            store.commit(fence, lambda f, d=data: write_pieces(f, d), step=step, epoch=0, world_size=1)
             self.saved = max(self.saved, step)
         store.collect_garbage(fence, keep_last=2)
 
@@ -153,9 +231,9 @@ def test_every_call_fails_in_every_way(tmp_path: Path, for_good: bool) -> None:
     disk = Disk(quiet.directory)
     with breaking(disk):
         quiet.attempt()
-    assert {*CALLS, "read"} == {*disk.calls, "rename"}  # which only setting aside needs
-    faults = [(at, code) for at, call in enumerate(disk.calls) for code in CALLS.get(call, READING)]
-    assert len(faults) > 200
+    assert {*CALLS} == {*disk.calls, "rename"}  # which only setting aside needs
+    faults = [(at, code) for at, call in enumerate(disk.calls) for code in CALLS[call]]
+    assert len(faults) > 400
     for at, code in faults[::STEP]:
         run = before.copy(tmp_path / f"{at}-{code}")
         disk = Disk(run.directory, failing_at(at, code, for_good=for_good))
