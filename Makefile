@@ -74,9 +74,11 @@ cluster: $(STAMP) system ## start the test cluster by hand; Ctrl-C ends it
 	@$(BIN)/python -m tests.cluster
 
 chaos: $(STAMP) ## kill, pause and starve saves and whole runs many more times than `make test` does
-	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_RACES=400 ORCH_CHAOS_OBJECT_RACES=200 ORCH_CHAOS_FAULTY_ATTEMPTS=20 \
-	    ORCH_CHAOS_FAULT_STEP=1 ORCH_CHAOS_STOPS=400 \
-	    $(PYTEST) --numprocesses 2 --dist worksteal tests/chaos tests/objects
+	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_OBJECT_KILLS=150 ORCH_CHAOS_PUSH_KILLS=120 \
+	    ORCH_CHAOS_RACES=400 ORCH_CHAOS_OBJECT_RACES=200 ORCH_CHAOS_FAULTY_ATTEMPTS=20 \
+	    ORCH_CHAOS_FAULT_STEP=1 ORCH_CHAOS_STOPS=100 \
+	    $(PYTEST) --numprocesses 2 --dist worksteal --durations 30 \
+	    $(LONG_TEST) $(filter-out $(LONG_TEST), $(sort $(wildcard tests/chaos/test_*.py))) tests/objects
 
 bench: $(STAMP) ## the figures in benchmarks/
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python "$$file" || exit 1; done
