@@ -22,16 +22,16 @@ from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import PosixStore, posix, take_over
+from orchestrator.checkpoint import PosixStore, posix, stream, take_over
 from orchestrator.errors import CheckpointError, Fenced
 from tests.chaos.nursery import committer
 
-SIZE = 2_000
+SIZE = 10_000
 STEP = int(os.environ.get("ORCH_CHAOS_FAULT_STEP", "3"))  # 1 = every call, n = every n-th
 READING = [errno.EIO, errno.ESTALE, errno.ENOENT]
 WRITING = [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE]
 FULL = [errno.ENOSPC, errno.EDQUOT, errno.EIO]
-PIECE_BYTES = 1_000  # read and written at once
+PIECE_BYTES = 4_096  # read and written at once: a page
 CALLS: dict[str, list[int]] = {
     "listdir": [errno.EIO, errno.ESTALE],
     "readlink": READING,
@@ -78,6 +78,19 @@ class Disk:
             return original(first, *args, **kwargs)
 
         return called
+
+    def wrap_write(self, original: Callable[[int, Any], int]) -> Callable[[int, Any], int]:
+        def write(fd: int, data: Any) -> int:
+            where = _place(fd)
+            if where.is_relative_to(self.directory):
+                try:
+                    self.meet("write", where)
+                except OSError:
+                    original(fd, data[: len(data) // 2])  # for that much there was room
+                    raise
+            return original(fd, data)
+
+        return write
 
     def wrap_open(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def opened(first: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
@@ -146,8 +159,10 @@ def breaking(disk: Disk) -> Iterator[None]:
         for call in CALLS:
             if hasattr(os, call) and call not in ("read", "write", "close"):
                 patch.setattr(os, call, disk.wrap(call, getattr(os, call)))
+        patch.setattr(os, "write", disk.wrap_write(os.write))
         patch.setattr(io, "open", disk.wrap_open(io.open))
         patch.setattr(posix, "_CHUNK_BYTES", PIECE_BYTES)
+        patch.setattr(stream, "BLOCK_BYTES", PIECE_BYTES)
         yield
 
 
