@@ -12,12 +12,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import CheckpointName, Fence, Found, Manifest, PosixStore, take_over
+from orchestrator.checkpoint import CheckpointName, Fence, Found, Manifest, PosixStore, stream, take_over
 from orchestrator.errors import CheckpointError
 from tests.chaos.kills import Kill, at, kill_plan, run_until_killed
 from tests.chaos.nursery import SIZE, Nursery, committer
@@ -98,30 +99,46 @@ def assert_tidy(store: PosixStore, fence: Fence) -> None:
         assert {name.data, name.manifest} <= names
 
 
-# By how the checkpoints are saved: what share of the kills, and where.
-SAVING = {
-    "one file": (1.0, [*CLAIM_POINTS, *COMMIT_POINTS, *GARBAGE_POINTS, "collected"], (1, 1, 2, 3)),
-    "shards": (0.2, [*COMMIT_POINTS, "publish", *GARBAGE_POINTS], (1, 2, 3, 4, 5)),
-    "beside the training": (0.2, [*COMMIT_POINTS, "training", *GARBAGE_POINTS], (1, 1, 2, 3)),
-}
+BLOCKS = 2 * stream.BLOCK_BYTES + SIZE  # what two threads hash and write while a third one serialises
+PIECES_OF_A_BLOCK = stream.BLOCK_BYTES // committer.PIECE_BYTES
 
 
 def points_to_kill_at(points: list[str], nths: tuple[int, ...]) -> list[Kill]:
     return [at("start"), at("started"), *(at(point, nth=(1,) if point in CLAIM_POINTS else nths) for point in points)]
 
 
+# By how the checkpoints are saved: what share of the kills, and where.
+SAVING = {
+    "one file": (1.0, points_to_kill_at([*CLAIM_POINTS, *COMMIT_POINTS, *GARBAGE_POINTS, "collected"], (1, 1, 2, 3))),
+    "shards": (0.2, points_to_kill_at([*COMMIT_POINTS, "publish", *GARBAGE_POINTS], (1, 2, 3, 4, 5))),
+    "beside the training": (0.2, points_to_kill_at([*COMMIT_POINTS, "training", *GARBAGE_POINTS], (1, 1, 2, 3))),
+    "blocks": (
+        0.1,
+        [
+            at("data-piece", nth=range(PIECES_OF_A_BLOCK, 2 * PIECES_OF_A_BLOCK, 20)),
+            at("data-fsync", nth=(1, 2)),
+            at("data-rename"),
+            at("check-after", nth=(1, 2)),
+        ],
+    ),
+}
+
+
 @pytest.mark.parametrize("saving", SAVING)
 def test_kills_at_every_point_and_at_any_time(nursery: Nursery, tmp_path: Path, saving: str) -> None:
-    share, points, nths = SAVING[saving]
-    plan = list(kill_plan(round(share * KILLS), points_to_kill_at(points, nths), longest_s=0.06))
+    share, points = SAVING[saving]
+    plan = list(kill_plan(round(share * KILLS), points, longest_s=0.06))
     for first in range(0, len(plan), KILLS_PER_RUN):
         kill_attempts_of_one_run(nursery, tmp_path / f"run-{first}", plan[first : first + KILLS_PER_RUN], saving)
 
 
 def kill_attempts_of_one_run(nursery: Nursery, directory: Path, plan: list[Kill], saving: str) -> None:
-    order = {"saving": saving, "run_dir": f"{directory}-run"}
+    order: dict[str, Any] = {"saving": saving, "run_dir": f"{directory}-run"}
+    if saving == "blocks":
+        order = {"size": BLOCKS}
     acknowledged, killed = 0, 0
-    with polled(directory):
+    # To read so much a thousand times a second takes more than one core.
+    with nullcontext() if saving == "blocks" else polled(directory):
         for attempt, kill in enumerate(plan):
             child = run_until_killed(nursery, directory, attempt, kill, **order)
             killed += 1
