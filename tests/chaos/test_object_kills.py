@@ -18,8 +18,8 @@ from tests.chaos.kills import Kill, at, kill_plan, run_until_killed
 from tests.chaos.nursery import Nursery, committer, nursery
 from tests.objects.servers import KINDS
 
-KILLS = int(os.environ.get("ORCH_CHAOS_OBJECT_KILLS", "48"))
-PUSH_KILLS = int(os.environ.get("ORCH_CHAOS_PUSH_KILLS", "36"))
+KILLS = int(os.environ.get("ORCH_CHAOS_OBJECT_KILLS", "42"))
+PUSH_KILLS = int(os.environ.get("ORCH_CHAOS_PUSH_KILLS", "24"))
 ATTEMPT_S = 2.0  # what an attempt takes for a few saves
 
 CLAIM = [at("start"), *(at(f"fence-{what}") for what in ("directory", "create", "put", "check")), at("started")]
