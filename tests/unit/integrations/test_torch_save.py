@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import io
+import os
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint import PosixStore, take_over
+from orchestrator.checkpoint import PosixStore, posix, take_over
+from orchestrator.checkpoint.stream import BLOCK_BYTES
 from orchestrator.errors import CheckpointError
 
 torch = pytest.importorskip("torch")
@@ -59,22 +61,23 @@ def test_what_torch_saved_is_verified_and_loads(tmp_path: Path) -> None:
     assert found.path.stat().st_size == pytest.approx(len(plain.getvalue()), rel=0.01)
 
 
-def test_a_full_disk_in_the_middle_of_torch_save_is_told_as_such(tmp_path: Path) -> None:
+def test_a_full_disk_in_the_middle_of_torch_save_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = PosixStore(tmp_path)
     _, fence = take_over(store, attempt=0)
+    written: list[int] = []
 
-    def save(file: BinaryIO) -> None:
-        raw = file._raw  # type: ignore[attr-defined]
+    def filling_up(descriptor: int, data: memoryview) -> int:
+        if written:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written.append(write(descriptor, data))
+        return written[-1]
 
-        class FillingUp:
-            def write(self, data: Any) -> int:
-                if file.tell() + len(data) > 100_000:
-                    raise OSError(errno.ENOSPC, "No space left on device")
-                return int(raw.write(data))
-
-        file._raw = FillingUp()  # type: ignore[attr-defined]
-        torch.save(state(), file)
-
+    write = os.write
+    monkeypatch.setattr(posix.os, "write", filling_up)
+    large = [torch.zeros(BLOCK_BYTES // 4) for _ in range(8)]
     with pytest.raises(CheckpointError, match="ENOSPC"):
-        store.commit(fence, save, step=3, epoch=0, world_size=1)
+        store.commit(fence, lambda file: torch.save(large, file), step=3, epoch=0, world_size=1)
+    assert written == [BLOCK_BYTES]
     assert [path.name for path in tmp_path.iterdir()] == ["epoch-0001.json"]
