@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +25,11 @@ class Place:
     server: Server
     files: Any  # a client of somebody else's
     fences_on_disk: bool
+
+    def new_bucket(self) -> str:
+        name = f"bucket-{uuid.uuid4().hex[:12]}"
+        self.files.mkdir(name)
+        return name
 
     @property
     def claims_are_exclusive(self) -> bool:

@@ -76,9 +76,8 @@ def stops(place: Place) -> Iterator[Stop]:
 def test_an_old_attempt_that_goes_on_is_never_believed(
     place: Place, attempts: Nursery, tmp_path: Path, moment: str
 ) -> None:
-    bucket = place.server.new_bucket()
     for number, stop in enumerate(itertools.islice(stops(place), (RACES + 1) // 2)):
-        run = BucketRun(place, bucket, tmp_path / f"race-{number}")
+        run = BucketRun(place, place.new_bucket(), tmp_path / f"race-{number}")
         order = run.order(max_concurrency=1)  # one part after the other
         old = attempts.start(run.folder, 0, bucket=order, signal="SIGSTOP", steps=8, **stop)
         try:
