@@ -61,16 +61,16 @@ class History:
         """
         floors = {damage.before_attempt: damage.fallback_step for damage in damaged}
         named = {damage.name for damage in damaged}
-        resumed, newest = self.resumed(), -1
+        resumed, newest, damaged_now = self.resumed(), -1, False
         for number in range(len(self.attempts)):
-            newest = floors.get(number, newest)
+            newest, damaged_now = floors.get(number, newest), damaged_now or number in floors
             event = resumed.get(number)
             if event is not None:
                 assert {Path(skip["path"]).name for skip in event["skipped"]} <= named, event
                 # "At least": a kill between a commit and its event leaves a commit that nobody told of.
                 assert event["step"] >= newest, f"attempt {number} lost commits up to {newest}: {event}"
-                assert event["step"] == newest or number not in floors, (number, event)
-                newest = int(event["step"])
+                assert event["step"] == newest or not damaged_now, (number, event)
+                newest, damaged_now = int(event["step"]), False
             newest = max([newest, *self._committed(number)])
             verdict = self._verdict(number)
             if verdict is not None and verdict["outcome"] == "saved":

@@ -550,12 +550,31 @@ def assert_nobody_can_tell(untouched: StoppedRun, stopped: StoppedRun) -> None:
     assert list((stopped.folder / "node").glob("*/*")) == []  # leashes, orders, secrets
 
 
+class Told(History):
+    """A run that saved at 7, 12 and 14 and was killed at 20; the attempt after that resumed nothing, the next at 12."""
+
+    def __init__(self) -> None:
+        self.attempts = [{}, {}, {}, {}]
+        self._events = [{"event": "resumed", "attempt": 2, "step": 12}, {"event": "resumed", "attempt": 3, "step": 12}]
+
+
+def test_a_truncated_checkpoint_excuses_the_first_attempt_that_resumes_and_no_other() -> None:
+    said, damage = [(0, step) for step in range(1, 21)], Damage("step-14", before_attempt=1, fallback_step=12)
+    assert_at_most_every_steps_lost(said, Told(), [damage])
+    with pytest.raises(AssertionError):
+        assert_at_most_every_steps_lost(said, Told(), [])
+    with pytest.raises(AssertionError):
+        assert_at_most_every_steps_lost([*said, *((2, step) for step in range(13, 21))], Told(), [damage])
+
+
 def assert_at_most_every_steps_lost(said: list[tuple[int, int]], history: History, damaged: Sequence[Damage]) -> None:
     """A killed attempt costs at most the steps since its last save; only a truncated checkpoint costs more."""
     begins = {number: int(event["step"]) for number, event in history.resumed().items()}
-    by_damage = {damage.before_attempt for damage in damaged}
-    last = 0
+    damages = {damage.before_attempt for damage in damaged}
+    last, by_damage = 0, False
     for number in range(len(history.attempts)):
-        if number in begins and number not in by_damage:
-            assert 0 <= last - begins[number] <= EVERY_STEPS, (number, last, begins[number])
+        by_damage = by_damage or number in damages
+        if number in begins:  # else it was stopped too early to find the damage: the next one does
+            assert by_damage or 0 <= last - begins[number] <= EVERY_STEPS, (number, last, begins[number])
+            by_damage = False
         last = max([begins.get(number, last), *(step for attempt, step in said if attempt == number)])
