@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -318,8 +319,13 @@ class _DataFile:
     """
 
     def __init__(self, handle: BinaryIO) -> None:
-        self._fd = handle.fileno()
-        self._direct = bool(os.major(os.fstat(self._fd).st_dev)) and self._set_direct(True)
+        # Of its own: a save that is interrupted closes `handle` while the thread that writes may still be at it, and
+        # the number could be another file's by then.
+        self._fd = os.dup(handle.fileno())
+        weakref.finalize(self, os.close, self._fd)
+        device = os.fstat(self._fd).st_dev
+        local = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").exists()
+        self._direct = local and self._set_direct(True)
         self._written = self._begun = 0
 
     def write(self, block: memoryview) -> None:

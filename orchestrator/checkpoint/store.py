@@ -257,18 +257,19 @@ class CheckpointStore:
         if not self.medium.in_place:
             problem = self._verify(manifest, keep=True)
             return problem, load(path) if problem is None else None
-        loaded, failure = None, None
+        loaded, doubtful, read = None, False, [0]
         with ThreadPoolExecutor(1, "orch-verify") as beside:
-            verifying = beside.submit(self._verify, manifest)
+            verifying = beside.submit(self._verify, manifest, read.append)
             try:
                 loaded = load(path)
-            except Exception as error:  # noqa: BLE001 - raised below, unless damage explains it
-                failure = error
+            except Exception:  # noqa: BLE001 - explained by damage, or by an error that passes: else it comes again
+                doubtful = True
             problem = verifying.result()
         if problem is not None:
             return problem, None
-        if failure is not None:
-            raise failure
+        if doubtful or sum(read) > manifest.size_bytes:  # what did not match at first was loaded at the same time
+            loaded = None
+            return None, load(path)
         return None, loaded
 
     def _found(self, manifest: Manifest, skipped: Iterable[Skipped], only: Container[str] | None = None) -> Found:

@@ -8,6 +8,7 @@ import mmap
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 if TYPE_CHECKING:
@@ -50,24 +51,24 @@ class HashingWriter(io.BufferedIOBase):
         """
         try:
             write(self)  # type: ignore[arg-type]  # the part of BinaryIO that serialisers use
+            if self._block is not None:
+                self._hashing.put(self._block)
         except Exception as error:
             self._stop()
             if self.error is not None and error is not self.error:
                 raise self.error from error
             raise
-        except BaseException:
+        finally:
             self._stop()
-            raise
-        if self._block is not None:
-            self._hashing.put(self._block)
-            self._block = None
-        self._stop()
         if self.error is not None:
             raise self.error
 
     def _stop(self) -> None:
-        self._hashing.stop()
-        self._writing.stop()
+        self.close()
+        try:
+            self._hashing.stop()
+        finally:  # Ctrl-C in the middle must leave neither thread waiting for ever
+            self._writing.stop()
 
     @property
     def error(self) -> BaseException | None:
@@ -77,7 +78,10 @@ class HashingWriter(io.BufferedIOBase):
     def write(self, data: Buffer, /) -> int:
         """Take all of `data`. Raises the first failure of an earlier write, again on every call: a hole in the middle
         of the file would otherwise go unnoticed."""
-        view = memoryview(data).cast("B")
+        if self.closed:
+            raise ValueError("write to a checkpoint that is finished")
+        view = memoryview(data)
+        view = view.cast("B") if view.nbytes else memoryview(b"")  # nothing in several dimensions cannot be cast
         left = view
         while left:
             if self.error is not None:
@@ -94,8 +98,9 @@ class HashingWriter(io.BufferedIOBase):
 
     def _next_block(self) -> _Block:
         if self._blocks < _BLOCKS and self._free.empty():
+            block = _Block()  # before it is counted: one that there was no memory for would be waited for
             self._blocks += 1
-            return _Block()
+            return block
         block = self._free.get()
         block.clear()
         return block
@@ -157,10 +162,12 @@ class _Stage:
         self.error: BaseException | None = None
 
     def start(self) -> None:
-        """A save of less than one block needs no threads."""
+        """A save of less than one block needs no threads; where there can be no more of them, it goes without."""
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            with suppress(RuntimeError):  # a limit of processes
+                thread.start()
+                self._thread = thread
 
     def put(self, block: _Block) -> None:
         if self._thread is None:

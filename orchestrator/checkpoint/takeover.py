@@ -36,4 +36,5 @@ def take_over(
             moved = bool(live) and (base is None or live[0].rank > base.rank)
             if not (gone or moved) or not retries_left:
                 raise
+            del found  # what was loaded of it must not stand beside the next
     raise AssertionError("unreachable")

@@ -476,7 +476,7 @@ class Session:
         """Rank 0: the save that a stop asks for. One in flight comes first, and may leave too little time for this one:
         then its checkpoint is the last. An upload is not waited for: this save goes to the run directory at once."""
         self._places.leaving = True
-        flying = self._in_flight.save is not None
+        flying = self._in_flight.flying
         if self._places.refuge is not None:
             self._in_flight.drop()
             flying = False

@@ -62,7 +62,8 @@ PUSH = [
     *(at("refuge-remove", nth=(nth,)) for nth in (1, 2, 3)),
     at("started"),
     at("training", nth=(1, 2)),
-    *(at(f"refuge-{point}") for point in ("check-before", "data-create", "data-piece", "data-fsync", "data-rename")),
+    *(at(f"refuge-{point}") for point in ("check-before", "data-create", "data-fsync", "data-rename")),
+    at("data-piece", after="refuge-data-write"),
     *(at(f"refuge-{point}") for point in ("manifest-create", "manifest-rename", "check-after", "pointer-rename")),
 ]
 PUSH_PARTS = [

@@ -20,6 +20,7 @@ from orchestrator.checkpoint import (
     FileEntry,
     Found,
     Manifest,
+    PosixStore,
     Refuge,
     open_store,
     take_over,
@@ -475,6 +476,32 @@ def test_what_is_loaded_while_it_is_compared_counts_only_if_it_matches(
     assert (result.manifest.step, result.loaded) == (2, content(2))
     assert [Path(skip.location).name for skip in result.skipped] == [newest.name.data]
     assert tried[-1] == content(2)
+
+
+def test_what_was_loaded_beside_a_reading_that_did_not_match_is_loaded_again(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path, sleep=lambda s: manifest.path.write_bytes(content(1)) and None)
+    _, fence = take_over(store, attempt=0)
+    manifest = save(store, fence, 1)
+    manifest.path.write_bytes(content(1)[:-1] + b"!")  # until somebody looks a second time
+    result = store.find(load=Path.read_bytes)
+    assert result is not None
+    assert result.loaded == content(1)
+
+
+def test_an_error_that_passes_while_it_is_compared_does_not_end_a_load(tmp_path: Path) -> None:
+    store = PosixStore(tmp_path)
+    _, fence = take_over(store, attempt=0)
+    save(store, fence, 1)
+    errors = iter([OSError(errno.ESTALE, "Stale file handle")])
+
+    def load(path: Path) -> bytes:
+        for error in errors:
+            raise error
+        return path.read_bytes()
+
+    result = store.find(load=load)
+    assert result is not None
+    assert result.loaded == content(1)
 
 
 def test_what_cannot_be_loaded_of_a_sound_checkpoint_is_told_and_nothing_is_set_aside(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from orchestrator.checkpoint import Fence, Manifest, PosixStore, posix, take_over
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
+from tests.polling import poll
 
 COMMIT = [
     "check-before",
@@ -115,6 +117,42 @@ def test_the_disk_error_is_told_not_what_the_serialiser_made_of_it(
     with pytest.raises(CheckpointError, match="ENOSPC") as caught:
         store.commit(fence, write, step=1, epoch=0, world_size=1)
     assert "keep_last" in (caught.value.hint or "")
+
+
+def test_what_an_interrupted_save_still_writes_ends_in_no_other_file(
+    store: PosixStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while the last blocks are written; the next save gets the descriptor that was closed."""
+    _, fence = take_over(store, attempt=0)
+    may_write, interrupted = threading.Event(), []
+
+    def slowly(descriptor: int, data: memoryview) -> int:
+        if threading.current_thread().name == "orch-write":
+            may_write.wait(20)
+        return write(descriptor, data)
+
+    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+        if thread.name.startswith("orch-") and not interrupted:
+            interrupted.append(thread.name)
+            raise KeyboardInterrupt
+        if not interrupted or thread.name != "orch-write" or may_write.is_set():
+            wait(thread, timeout)
+
+    write, wait = os.write, threading.Thread.join
+    monkeypatch.setattr(posix.os, "write", slowly)
+    monkeypatch.setattr(threading.Thread, "join", join)
+    with pytest.raises(KeyboardInterrupt):
+        store.commit(fence, lambda file: file.write(bytes(9 << 20)), step=1, epoch=0, world_size=1)
+
+    def serialise(file: BinaryIO) -> None:
+        may_write.set()
+        poll(lambda: "orch-write" not in [thread.name for thread in threading.enumerate()], "the old thread to end")
+        file.write(b"small")
+
+    manifest = store.commit(fence, serialise, step=2, epoch=0, world_size=1)
+    assert interrupted == ["orch-hash"]
+    assert store.verify(manifest) is None
+    assert manifest.path.read_bytes() == b"small"
 
 
 @pytest.mark.parametrize("operation", COMMIT[:11])

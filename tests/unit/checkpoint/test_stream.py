@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import pytest
 
-from orchestrator.checkpoint.stream import BLOCK_BYTES, HashingWriter
+from orchestrator.checkpoint.stream import BLOCK_BYTES, HashingWriter, _Stage
 from tests.polling import poll
 
 
@@ -139,3 +139,38 @@ def test_an_error_of_the_last_block_is_raised() -> None:
     raw.seek(1)
     with pytest.raises(OSError, match="full"):
         HashingWriter(raw).fill(lambda file: file.write(b"x"))
+
+
+def test_ctrl_c_leaves_no_thread_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the serialiser nor while the last blocks are hashed and written."""
+    interruptions = iter([True])
+
+    def interrupted(stage: _Stage) -> None:
+        stop(stage)
+        if next(interruptions, False):
+            raise KeyboardInterrupt
+
+    stop = _Stage.stop
+    monkeypatch.setattr(_Stage, "stop", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        HashingWriter(io.BytesIO()).fill(lambda file: file.write(bytes(20 << 20)))
+    poll(lambda: not {"orch-hash", "orch-write"} & threads(), "the threads to end")
+
+
+def test_where_no_thread_can_start_it_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    content, raw = random.Random(1).randbytes(9 << 20), io.BytesIO()
+    stream = HashingWriter(raw)
+    stream.fill(lambda file: file.write(content))
+    assert raw.getvalue() == content
+    assert stream.sha256 == hashlib.sha256(content).hexdigest()
+
+
+def test_nothing_is_written_to_a_finished_one() -> None:
+    stream = HashingWriter(io.BytesIO())
+    stream.fill(lambda file: file.write(b"x"))
+    with pytest.raises(ValueError, match="finished"):
+        stream.write(b"y")
