@@ -542,7 +542,7 @@ def _connect(url: str, options: Mapping[str, Any]) -> tuple[Any, str]:
     except ImportError as error:
         raise CheckpointError(
             f"{url}: its library is not installed: {error}",
-            hint="for S3: pip install 'orch[s3]', here and in the job's image or environment",
+            hint="install it (for S3: s3fs), here and in the job's image or environment",
         ) from error
     except (ValueError, TypeError) as error:  # an unknown scheme, an option that the library does not take
         raise CheckpointError(
@@ -595,7 +595,10 @@ def _hint(error: OSError) -> str:
     if error.errno == errno.EKEYEXPIRED:
         return "renew the credentials (a profile is read again at every try); the previous checkpoint stands"
     if isinstance(error, PermissionError):
-        return "check the credentials, and what they may do there; the previous checkpoint stands"
+        return (
+            "check the credentials, and what they may do there: list their variables under `secrets`, or set "
+            "storage_options.profile; the previous checkpoint stands"
+        )
     if isinstance(error, FileNotFoundError):
         return "the bucket must exist: orch creates none"
     return "check the store; the previous checkpoint stands"

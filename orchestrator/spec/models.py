@@ -458,7 +458,7 @@ class Checkpoint(_Section):
     storage_options: dict[str, Any] = Field(
         {},
         description=(
-            "Of an object store, handed to fsspec unchanged: endpoint_url, profile, client_kwargs … No keys and "
+            "Of an object store, handed to fsspec unchanged: endpoint_url, profile, client_kwargs … No secret keys and "
             "passwords: name their variables in `secrets`."
         ),
     )
