@@ -85,6 +85,7 @@ class CheckpointStore:
         self._unreadable: set[CheckpointName] = set()
         self._bad_sectors: set[CheckpointName] = set()  # of these, the ones that no waiting will help
         self._read_back: set[CheckpointName] = set()  # their bytes have matched
+        self._told_of_metric = False
 
     def weaknesses(self) -> tuple[str, ...]:
         """Tries the place out: one sentence for every guarantee that it does not give.
@@ -786,11 +787,19 @@ class CheckpointStore:
                 note("gc-verify")
                 self._require_readable(live[0], fence)
                 if retention.keep_best is not None:
+                    self._tell_of_unknown_metric(live, retention.keep_best)
                     victims = self._victims(names, lineage, live, self._sound(live, retention, fence), fence.epoch)
                 self._correct_pointer(live[0], fence, note)
             removed = self._remove(victims, names, note)
             note("gc-sweep")
             return removed + self._sweep(names, fence)
+
+    def _tell_of_unknown_metric(self, live: Sequence[Manifest], wanted: Best) -> None:
+        # A misspelt name would let every checkpoint go that somebody meant to keep.
+        if not self._told_of_metric and not any(wanted.metric in manifest.metrics for manifest in live):
+            self._told_of_metric = True
+            known = ", ".join(sorted({name for manifest in live for name in manifest.metrics})) or "none"
+            _log.warning("keep_best: no checkpoint knows the metric %r yet (known: %s)", wanted.metric, known)
 
     def garbage(self, *, keep_last: int, keep_every: int | None = None, keep_best: Best | None = None) -> list[str]:
         """Names that the next attempt's collection would remove if all bytes match. Changes nothing."""

@@ -1067,6 +1067,15 @@ def test_the_best_and_one_of_every_so_many_steps_stay(place: Place, store: Check
         assert store.verify(manifest) is None
 
 
+def test_a_metric_that_nobody_logs_is_told_once(store: CheckpointStore, caplog: pytest.LogCaptureFixture) -> None:
+    _, fence = take_over(store, attempt=0)
+    for step in range(1, 6):
+        store.commit(fence, lambda f: f.write(b"x"), step=step, epoch=0, world_size=1, metrics={"loss": 1 / step})
+        store.collect_garbage(fence, keep_last=2, keep_best=Best("los", "min"))
+    told = [record.getMessage() for record in caplog.records if "keep_best" in record.getMessage()]
+    assert told == ["keep_best: no checkpoint knows the metric 'los' yet (known: loss)"]
+
+
 def test_a_damaged_best_pushes_out_no_valid_one(place: Place, store: CheckpointStore, open_again: Open) -> None:
     _, fence = take_over(store, attempt=0)
     for step, loss in [(1, 0.1), (2, 0.2), (3, 0.3), (4, 0.4), (5, 0.5)]:
