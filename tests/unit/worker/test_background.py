@@ -10,24 +10,36 @@ from typing import Any
 import pytest
 
 from orchestrator.worker.background import InFlight
+from tests.polling import poll
 
 
 @pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, as in a program of its own."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
+def interrupted() -> Iterator[threading.Event]:
+    """Set when the first SIGINT has raised KeyboardInterrupt."""
+    event = threading.Event()
+
+    def once(number: int, frame: object) -> None:
+        if not event.is_set():
+            event.set()
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, once)
+    yield event
     signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_while_it_is_waited_for_does_not_make_it_ended(ctrl_c: None) -> None:
+def test_ctrl_c_while_it_is_waited_for_does_not_make_it_ended(interrupted: threading.Event) -> None:
     """The next save would overwrite the copy that this one is still writing."""
     waited_for, may_end = threading.Event(), threading.Event()
     ended = []
 
+    def interrupt() -> bool:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        return interrupted.wait(0.05)  # one that comes just before the wait begins does not interrupt it
+
     def commit() -> Any:
         waited_for.wait(20)
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        poll(interrupt, "the wait to be interrupted")
         may_end.wait(20)
         ended.append(True)
 
