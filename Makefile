@@ -74,7 +74,7 @@ cluster: $(STAMP) system ## start the test cluster by hand; Ctrl-C ends it
 	@$(BIN)/python -m tests.cluster
 
 chaos: $(STAMP) ## kill, pause and starve saves and whole runs many more times than `make test` does
-	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_OBJECT_KILLS=120 ORCH_CHAOS_PUSH_KILLS=60 \
+	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_OBJECT_KILLS=60 ORCH_CHAOS_PUSH_KILLS=42 \
 	    ORCH_CHAOS_RACES=400 ORCH_CHAOS_OBJECT_RACES=200 ORCH_CHAOS_FAULTY_ATTEMPTS=20 \
 	    ORCH_CHAOS_FAULT_STEP=1 ORCH_CHAOS_STOPS=100 \
 	    $(PYTEST) --numprocesses 2 --dist worksteal --durations 30 \

@@ -206,7 +206,8 @@ def kill_leaving_attempts(attempts: Nursery, run: LeavingRun, plan: list[Kill], 
         child = run_until_killed(attempts, run.folder, next(numbers), kill, **order)
         acknowledged = max([acknowledged, *child.saved])
         newest = run.newest_of_both()
-        assert acknowledged <= newest <= acknowledged + 1, kill
+        # Two may be committed and not have returned: the one beside the training, which nobody waits for, and the last.
+        assert acknowledged <= newest <= acknowledged + 2, kill
         run.pointed()
         acknowledged = newest
     last = attempts.start(run.folder, next(numbers), **order | {"leaves": False})
