@@ -9,7 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 from orchestrator.backends import open_backend
-from orchestrator.checkpoint import Brought, CheckpointStore, Listed, Manifest, Refuge, Retention, open_store
+from orchestrator.checkpoint import (
+    Brought,
+    CheckpointName,
+    CheckpointStore,
+    Found,
+    Lineage,
+    Listed,
+    Manifest,
+    Refuge,
+    Retention,
+    open_store,
+)
+from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, MANIFEST_SUFFIX
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, RefusedError
 from orchestrator.operations.describe import OpenBackend
 from orchestrator.operations.record import Record, agent_plan, load_record
@@ -50,7 +62,19 @@ def list_checkpoints(run: str, *, root: str | Path | None = None) -> list[Stored
     paths = find_run(run, root)
     store = open_run_store(paths)
     refuge = _refuge(store, paths)
-    return [_described(one) for one in store.inventory(waiting=None if refuge is None else refuge.store.medium)]
+    return [_described(one) for one in _inventory(store, refuge)]
+
+
+def _inventory(store: CheckpointStore, refuge: Refuge | None) -> list[Listed]:
+    """Every committed checkpoint, newest first, with the emergency saves that wait."""
+    return store.inventory(waiting=None if refuge is None else refuge.store.medium)
+
+
+def _holder(listed: Listed, store: CheckpointStore, refuge: Refuge | None) -> CheckpointStore:
+    """Where the files of a listed checkpoint lie: an emergency save waits in the run directory."""
+    if refuge is not None and listed.location.startswith(f"{refuge.store.uri}/"):
+        return refuge.store
+    return store
 
 
 def _refuge(store: CheckpointStore, paths: RunPaths) -> Refuge | None:
@@ -125,7 +149,7 @@ def _choose(store: CheckpointStore, step: int | None, paths: RunPaths) -> Manife
 
 def _waiting(store: CheckpointStore, refuge: Refuge) -> Manifest | None:
     """The emergency save that a push would bring: the newest that still counts."""
-    listed = (one.manifest for one in store.inventory(waiting=refuge.store.medium) if one.problem is None)
+    listed = (one.manifest for one in _inventory(store, refuge) if one.problem is None)
     return next((manifest for manifest in listed if manifest and manifest.directory == refuge.store.uri), None)
 
 
@@ -220,7 +244,9 @@ def collect_checkpoints(
     """Remove what the spec's retention does not keep, and what killed attempts left. RefusedError while it is alive.
 
     Only the holder of the newest epoch may remove anything: this opens one in the name of the last attempt, going on
-    from the newest good checkpoint, so that a process of it that nobody sees any more is fenced before its files go.
+    from the newest checkpoint, so that a process of it that nobody sees any more is fenced before its files go. Raises
+    CheckpointCorrupt, and changes nothing, when the newest is damaged: that epoch would make a restored copy of it
+    dead. With `dry_run` only sizes are compared for that.
     """
     paths = find_run(run, root)
     plan = agent_plan(paths)
@@ -230,23 +256,81 @@ def collect_checkpoints(
         record = _at_rest(paths, open_backend, "collect")
         attempt = _last_attempt(store, record)  # now: one that starts while this uploads must not be fenced
         before = store.sizes()
+        refuge = _refuge(store, paths)
+        # Before the lock: whoever resumes the run does not wait for a download.
+        base = _sound_base(store, refuge, record, read=not dry_run)
         if dry_run or store.owner() is None:
             removed = store.garbage(**rules)
         else:
-            refuge = _refuge(store, paths)
-            if refuge is not None:
-                list(refuge.bring_to(store))  # the epoch opened here would make it dead
-            found = store.find(keep=False)  # before the lock: whoever resumes the run does not wait for a download
-            if refuge is not None:
-                refuge.require_base(store, found)
+            if refuge is not None and list(refuge.bring_to(store)):  # the epoch opened here would make it dead
+                base = _sound_base(store, None, record)  # read back from where it is now
+                refuge.require_base(store, None if base is None else Found(base, {}, ()))
             with run_lock(paths):  # nobody resumes it in between
                 _at_rest(paths, open_backend, "collect")
-                fence = store.open_epoch(attempt=attempt, base=found.manifest if found else None)
+                fence = store.open_epoch(attempt=attempt, base=base)
             removed = store.collect_garbage(fence, **rules)
             EventLog(paths, "login").append("action", action="checkpoints_removed", by=_user(), files=len(removed))
     steps = tuple(manifest.step for manifest in store.manifests() if manifest.name.manifest not in removed)
     freed = sum(before.get(name, 0) for name in removed)
     return Collected(record.run_id, dry_run, tuple(sorted(removed)), freed, steps)
+
+
+def _sound_base(store: CheckpointStore, refuge: Refuge | None, record: Record, *, read: bool = True) -> Manifest | None:
+    """The newest live checkpoint, whose bytes match (without `read`: whose files have the right size); None when none
+    was committed. Changes nothing: `find` would set what is damaged aside and go on from an older one.
+
+    Raises CheckpointCorrupt when it, or a newer one that was set aside before, is damaged; CheckpointError when it
+    cannot be read now.
+    """
+    live = [listed for listed in _inventory(store, refuge) if listed.live]
+    damaged: dict[CheckpointName, str] = {}
+    base = None
+    for listed in live:
+        problem, manifest, holder = listed.problem, listed.manifest, _holder(listed, store, refuge)
+        if problem is None and manifest is not None and read:
+            problem = holder.verify(manifest)
+            if problem is not None and not damaged and holder.is_unreadable(manifest):
+                raise CheckpointError(
+                    f"the newest checkpoint, of step {count(manifest.step)}, cannot be read now: {problem}",
+                    hint="nothing was changed; try again when the cause is mended",
+                )
+        if problem is None:
+            base = manifest
+            break
+        damaged[listed.name] = problem
+    for name in _set_aside(store):
+        if base is None or name.step > base.step:
+            damaged.setdefault(name, f"it was set aside as {name.data}{CORRUPT_SUFFIX}")
+    if damaged:
+        raise _given_up_unseen(damaged, base, record)
+    return base
+
+
+def _set_aside(store: CheckpointStore) -> list[CheckpointName]:
+    """Damaged checkpoints under the name they were set aside with, of which a restored copy would count."""
+    owner = store.owner()
+    if owner is None:
+        lineage = Lineage(())
+    else:  # its fence remembers the bases of those before it
+        lineage = Lineage([owner], damaged=dict.fromkeys(owner.bases, ""))
+    originals = (file.partition(CORRUPT_SUFFIX)[0] for file in store.sizes() if CORRUPT_SUFFIX in file)
+    names = {name for file in originals if (name := CheckpointName.parse(file, MANIFEST_SUFFIX))}
+    return [name for name in names if lineage.is_live(name.fence_epoch, name.step)]
+
+
+def _given_up_unseen(damaged: dict[CheckpointName, str], base: Manifest | None, record: Record) -> CheckpointCorrupt:
+    lines = (f"\n  step {count(name.step)}: {damaged[name]}" for name in sorted(damaged, reverse=True))
+    if record.stated is JobState.COMPLETED:
+        otherwise = "to give it up (a completed run is not rolled back), move its files out of the directory"
+    elif base is None:
+        otherwise = "to start from the beginning, move the damaged files out of the directory"
+    else:
+        otherwise = f"to give it up:  orch ckpt rollback {record.run_id} --step {base.step}"
+    return CheckpointCorrupt(
+        f"the newest checkpoint of {record.run_id} is damaged; nothing was removed or changed" + "".join(lines),
+        hint=f"restore a copy of it (docs/checkpoints.md, `By hand`); `orch ckpt verify {record.run_id}` says which "
+        f"ones match; {otherwise}",
+    )
 
 
 def _rules(plan: dict[str, Any]) -> dict[str, Any]:
@@ -343,11 +427,9 @@ def _may_go_back(paths: RunPaths, open_backend: OpenBackend) -> Record:
 
 def _plan(paths: RunPaths, store: CheckpointStore, manifest: Manifest) -> RolledBack:
     refuge = _refuge(store, paths)
-    waiting = [] if refuge is None else refuge.store.manifests()
-    newer = {
-        m.name: m.step for m in (*store.manifests(), *waiting) if m.rank > manifest.rank and m.step > manifest.step
-    }
-    given_up = list(newer.values())
+    live = [listed.name for listed in _inventory(store, refuge) if listed.live]
+    newer = {name for name in (*live, *_set_aside(store)) if name.step > manifest.step}
+    given_up = [name.step for name in newer]
     return RolledBack(
         run_id=paths.run_dir.name,
         run_dir=paths.run_dir,

@@ -198,6 +198,117 @@ def test_of_a_run_without_checkpoints_nothing_is_removed_or_made(world: World) -
     assert not world.paths(run).checkpoints.exists()
 
 
+def everything(world: World, run: str) -> dict[str, bytes]:
+    """Every file beside the checkpoints, with what is in it."""
+    return {
+        path.name: bytes(path.readlink()) if path.is_symlink() else path.read_bytes()
+        for path in world.paths(run).checkpoints.iterdir()
+    }
+
+
+def test_a_damaged_newest_is_not_given_up_by_collecting(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    store, _ = saved(world, run, 10, 20, 30, 40, 600, 602)
+    newest, whole = store.manifests()[0], store.manifests()[0].path.read_bytes()
+    newest.path.write_bytes(whole[:-1])
+    before = everything(world, run)
+    for options in ({}, {"dry_run": True}):
+        with pytest.raises(CheckpointCorrupt, match=r"damaged; nothing was removed.*\n  step 602: .* bytes") as caught:
+            collect(world, run, **options)
+        assert everything(world, run) == before
+        assert f"orch ckpt verify {run}" in (caught.value.hint or "")
+        assert "docs/checkpoints.md" in (caught.value.hint or "")
+        assert f"orch ckpt rollback {run} --step 600" in (caught.value.hint or "")
+    newest.path.write_bytes(whole)  # a copy, restored
+    assert collect(world, run).steps_left == (602, 600, 40)
+    found, _ = take_over(open_run_store(world.paths(run)), attempt=1)
+    assert found is not None
+    assert found.manifest.step == 602
+
+
+def test_damage_that_only_reading_finds_stops_a_collection_too(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    store, _ = saved(world, run, 10, 20, 30, 40)
+    damage(store.manifests()[0])
+    store.manifests()[1].path.with_name(store.manifests()[1].name.manifest).write_text("{")
+    before = everything(world, run)
+    with pytest.raises(CheckpointCorrupt, match=r"(?s)step 40: .*hash.*\n  step 30: ") as caught:
+        collect(world, run)
+    assert "--step 20" in (caught.value.hint or "")
+    assert everything(world, run) == before
+    assert rollback(world, run, 20).checkpoints_given_up == 2
+    assert collect(world, run).steps_left == (20, 10)
+
+
+def test_a_newest_that_was_set_aside_is_not_buried_by_collecting(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    store, _ = saved(world, run, 10, 20, 30)
+    newest, whole = store.manifests()[0], store.manifests()[0].path.read_bytes()
+    damage(newest)
+    assert store.find() is not None  # by an attempt that ended before it claimed the run
+    before = everything(world, run)
+    for options in ({}, {"dry_run": True}):
+        with pytest.raises(CheckpointCorrupt, match=r"step 30: it was set aside as .*\.corrupt"):
+            collect(world, run, **options)
+    assert everything(world, run) == before
+    with pytest.raises(RefusedError):
+        rollback(world, run, 20, agree=lambda plan: (plan.checkpoints_given_up, plan.steps_given_up) != (1, 10))
+    corrupt = newest.path.with_name(f"{newest.name.manifest}.corrupt")
+    newest.path.write_bytes(whole)
+    shutil.copyfile(corrupt, corrupt.with_suffix(""))
+    assert collect(world, run).steps_left == (30, 20, 10)
+
+
+def test_what_an_attempt_has_set_aside_and_left_behind_does_not_stop_a_collection(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    store, _ = saved(world, run, 10, 20, 30)
+    damage(store.manifests()[0])
+    saved(world, run, 21, 22, attempt=1)
+    assert collect(world, run).steps_left == (22, 21, 20)
+
+
+def test_of_a_completed_run_whose_checkpoints_are_all_damaged_none_is_renamed(world: World) -> None:
+    run = world.ended("completed", "completed")
+    store, _ = saved(world, run, 10, 20, 30)
+    for manifest in store.manifests():
+        damage(manifest)
+    before = everything(world, run)
+    with pytest.raises(CheckpointCorrupt) as caught:
+        collect(world, run)
+    assert [line.split(":")[0].strip() for line in caught.value.message.splitlines()[1:]] == [
+        "step 30",
+        "step 20",
+        "step 10",
+    ]
+    assert "is not rolled back" in (caught.value.hint or "")
+    assert everything(world, run) == before
+
+
+def test_a_damaged_emergency_save_is_not_buried_by_collecting(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = world.ended("needs_resume", "preempted")
+    refuge = waiting(world, run, saved(world, run, 10, 20, 30, 40)[1], 50)
+    save, whole = refuge.store.manifests()[0], refuge.store.manifests()[0].path.read_bytes()
+    damage(save)
+    meanwhile(monkeypatch, lambda: None)
+    before = everything(world, run)
+    with pytest.raises(CheckpointCorrupt, match="step 50: "):
+        collect(world, run)
+    assert everything(world, run) == before
+    save.path.write_bytes(whole)
+    assert collect(world, run).steps_left == (50, 40, 30)
+
+
+def test_a_newest_that_cannot_be_read_now_stops_a_collection(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = world.ended("needs_resume", "preempted")
+    saved(world, run, 10, 20)
+    before = everything(world, run)
+    monkeypatch.setattr(CheckpointStore, "verify", lambda self, manifest, **_: "EIO")
+    monkeypatch.setattr(CheckpointStore, "is_unreadable", lambda self, manifest: True)
+    with pytest.raises(CheckpointError, match="step 20, cannot be read now: EIO"):
+        collect(world, run)
+    assert everything(world, run) == before
+
+
 @pytest.mark.parametrize("state", [SchedulerState.PENDING, SchedulerState.RUNNING])
 def test_nothing_is_taken_from_a_run_that_lives(world: World, state: SchedulerState) -> None:
     run, _ = world.running()
