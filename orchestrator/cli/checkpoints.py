@@ -87,7 +87,12 @@ def push(run: str, root: Path | None, as_json: bool) -> None:
 
 
 def gc(run: str, dry_run: bool, root: Path | None, as_json: bool) -> None:
-    result = operations.collect_checkpoints(run, dry_run=dry_run, root=root)
+
+    def bringing(step: int, path: str) -> None:
+        verb = "would first be uploaded" if dry_run else "is uploaded first"
+        out.warnings([f"the emergency save of step {count(step)} {verb}: {path}"])
+
+    result = operations.collect_checkpoints(run, dry_run=dry_run, root=root, bringing=bringing)
     if as_json:
         out.json_document(result.as_json())
         return

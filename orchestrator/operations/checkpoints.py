@@ -85,14 +85,18 @@ def _refuge(store: CheckpointStore, paths: RunPaths) -> Refuge | None:
 def verify_checkpoints(
     run: str, *, step: int | None = None, root: str | Path | None = None, reading: Reading = lambda count, total: None
 ) -> list[StoredCheckpoint]:
-    """Read the bytes of all live checkpoints, or those of one step, and compare them. Changes nothing."""
+    """Read the bytes of all live checkpoints, or those of one step, and compare them; of emergency saves that wait in
+    the run directory, too. Changes nothing."""
     paths = find_run(run, root)
     store = open_run_store(paths)
-    chosen = [listed for listed in store.inventory() if listed.live and step in (None, listed.name.step)]
+    refuge = _refuge(store, paths)
+    chosen = [listed for listed in _inventory(store, refuge) if listed.live and step in (None, listed.name.step)]
     if not chosen:
         _choose(store, step, paths)  # raises with those there are
     total = sum(listed.manifest.size_bytes for listed in chosen if _whole(listed) and listed.manifest)
-    verified = (_verified(store, listed, lambda count: reading(count, total)) for listed in chosen)
+    verified = (
+        _verified(_holder(listed, store, refuge), listed, lambda count: reading(count, total)) for listed in chosen
+    )
     return [_described(listed) for listed in verified if listed is not None]
 
 
@@ -164,13 +168,36 @@ def pull_checkpoint(
     root: str | Path | None = None,
     reading: Reading = lambda count, total: None,
 ) -> Pulled:
-    """Copy the newest live checkpoint, or that of `step`, with its manifest into a directory; compared on its way."""
+    """Copy the newest live checkpoint, or that of `step`, with its manifest into a directory; compared on its way.
+
+    One that waits in the run directory is copied from there. Raises CheckpointCorrupt when it is damaged: an older one
+    is not copied in its place.
+    """
     paths = find_run(run, root)
     store = open_run_store(paths)
-    manifest = _choose(store, step, paths)
+    refuge = _refuge(store, paths)
+    holder, manifest = _to_copy(store, refuge, step) or (store, _choose(store, step, paths))  # raises if none is there
     total = manifest.size_bytes
-    path = store.copy_to(Path(directory).absolute(), manifest, reading=lambda count: reading(count, total))
+    path = holder.copy_to(Path(directory).absolute(), manifest, reading=lambda count: reading(count, total))
     return Pulled(paths.run_dir.name, manifest.step, path, path.parent / manifest.name.manifest, total, manifest.sha256)
+
+
+def _to_copy(
+    store: CheckpointStore, refuge: Refuge | None, step: int | None
+) -> tuple[CheckpointStore, Manifest] | None:
+    """The newest live checkpoint (of that step), and where it lies; None when there is none."""
+    live = [listed for listed in _inventory(store, refuge) if listed.live]
+    chosen = next((listed for listed in live if step in (None, listed.name.step)), None)
+    if chosen is None:
+        return None
+    if chosen.manifest is not None and chosen.problem is None:
+        return _holder(chosen, store, refuge), chosen.manifest
+    whole = next((listed.name.step for listed in live if listed.problem is None), None)
+    raise CheckpointCorrupt(
+        f"the checkpoint of step {count(chosen.name.step)} is damaged: {chosen.problem}",
+        hint="nothing was copied"
+        + ("" if whole is None else f"; to copy the newest that looks whole:  --step {whole}"),
+    )
 
 
 def push_checkpoint(
@@ -239,7 +266,12 @@ def _refuse_unusable(brought: Brought, store: CheckpointStore) -> None:
 
 
 def collect_checkpoints(
-    run: str, *, dry_run: bool = False, root: str | Path | None = None, open_backend: OpenBackend = open_backend
+    run: str,
+    *,
+    dry_run: bool = False,
+    root: str | Path | None = None,
+    bringing: Callable[[int, str], object] = lambda step, path: None,
+    open_backend: OpenBackend = open_backend,
 ) -> Collected:
     """Remove what the spec's retention does not keep, and what killed attempts left. RefusedError while it is alive.
 
@@ -247,6 +279,9 @@ def collect_checkpoints(
     from the newest checkpoint, so that a process of it that nobody sees any more is fenced before its files go. Raises
     CheckpointCorrupt, and changes nothing, when the newest is damaged: that epoch would make a restored copy of it
     dead. With `dry_run` only sizes are compared for that.
+
+    An emergency save that waits in the run directory is brought to the object store first: `bringing` is called with
+    its step and its path, before it is, or with `dry_run` would be.
     """
     paths = find_run(run, root)
     plan = agent_plan(paths)
@@ -259,6 +294,9 @@ def collect_checkpoints(
         refuge = _refuge(store, paths)
         # Before the lock: whoever resumes the run does not wait for a download.
         base = _sound_base(store, refuge, record, read=not dry_run)
+        save = None if refuge is None else _waiting(store, refuge)
+        if save is not None:
+            bringing(save.step, save.location)
         if dry_run or store.owner() is None:
             removed = store.garbage(**rules)
         else:

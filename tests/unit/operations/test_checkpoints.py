@@ -434,19 +434,62 @@ def test_an_attempt_that_starts_during_a_push_still_finds_the_local_copy(
     assert [manifest.step for manifest in open_run_store(world.paths(run)).manifests()] == [20, 10]
 
 
-def test_a_step_that_waits_in_the_run_directory_has_to_be_pushed_first(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_step_that_waits_in_the_run_directory_has_to_be_pushed_before_a_rollback(
+    world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = world.ended("needs_resume", "preempted")
     waiting(world, run, saved(world, run, 10)[1], 20)
     meanwhile(monkeypatch, lambda: None)
-    for act in (
-        lambda: rollback(world, run, 20),
-        lambda: operations.pull_checkpoint(place(world, run), tmp_path / "copy", step=20),
-        lambda: operations.verify_checkpoints(place(world, run), step=20),
-    ):
-        with pytest.raises(CheckpointError, match="step 20 waits in the run directory") as caught:
-            act()
-        assert f"orch ckpt push {run}" in (caught.value.hint or "")
+    with pytest.raises(CheckpointError, match="step 20 waits in the run directory") as caught:
+        rollback(world, run, 20)
+    assert f"orch ckpt push {run}" in (caught.value.hint or "")
     with pytest.raises(CheckpointError, match="no live checkpoint of step 15"):
         rollback(world, run, 15)
+
+
+@pytest.mark.parametrize("step", [None, 20])
+def test_what_waits_in_the_run_directory_is_verified_and_copied_as_it_is_listed(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int | None
+) -> None:
+    run = world.ended("needs_resume", "preempted")
+    refuge = waiting(world, run, saved(world, run, 10)[1], 20)
+    meanwhile(monkeypatch, lambda: None)
+    read = list[tuple[int, int]]()
+    found = operations.verify_checkpoints(
+        place(world, run), step=step, reading=lambda count, total: read.append((count, total))
+    )
+    assert [entry.step for entry in found] == [20, 10][: 1 if step else 2]
+    assert all(entry.valid for entry in found)
+    assert sum(count for count, _ in read) == read[0][1] == sum(entry.size_bytes or 0 for entry in found)
+    copy = operations.pull_checkpoint(place(world, run), tmp_path / "copy", step=step)
+    assert (copy.step, copy.path.read_bytes(), copy.manifest.is_file()) == (20, b"waits", True)
+    damage(refuge.store.manifests()[0])
+    assert not operations.verify_checkpoints(place(world, run), step=step)[0].valid
+    with pytest.raises(CheckpointCorrupt, match="step 20 is damaged"):
+        operations.pull_checkpoint(place(world, run), tmp_path / "again", step=step)
+    rollback(world, run, 10)
+    assert operations.pull_checkpoint(place(world, run), tmp_path / "copy").step == 10
+    with pytest.raises(CheckpointError, match="no live checkpoint of step 20"):
+        operations.pull_checkpoint(place(world, run), tmp_path / "copy", step=20)
+
+
+def test_an_older_one_is_not_copied_in_place_of_a_newest_whose_manifest_is_damaged(
+    world: World, tmp_path: Path
+) -> None:
+    run = world.ended("needs_resume", "preempted")
+    newest = saved(world, run, 10, 20)[0].manifests()[0]
+    newest.path.with_name(newest.name.manifest).write_text("{")
+    with pytest.raises(CheckpointCorrupt, match="step 20 is damaged") as caught:
+        operations.pull_checkpoint(place(world, run), tmp_path / "copy")
+    assert "--step 10" in (caught.value.hint or "")
+    assert operations.pull_checkpoint(place(world, run), tmp_path / "copy", step=10).step == 10
+
+
+def test_collecting_says_what_it_brings_to_the_store_first(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = world.ended("needs_resume", "preempted")
+    save = waiting(world, run, saved(world, run, 10)[1], 20).store.manifests()[0]
+    meanwhile(monkeypatch, lambda: None)
+    told = list[tuple[bool, int, str]]()
+    for dry_run in (True, False, False):
+        collect(world, run, dry_run=dry_run, bringing=lambda step, path, dry=dry_run: told.append((dry, step, path)))
+    assert told == [(dry_run, 20, save.location) for dry_run in (True, False)]
