@@ -297,8 +297,10 @@ def collect_checkpoints(
         save = None if refuge is None else _waiting(store, refuge)
         if save is not None:
             bringing(save.step, save.location)
-        if dry_run or store.owner() is None:
+        if dry_run:
             removed = store.garbage(**rules)
+        elif base is None and store.owner() is None:
+            removed = []  # nothing was ever committed: nor is a directory made here
         else:
             if refuge is not None and list(refuge.bring_to(store)):  # the epoch opened here would make it dead
                 base = _sound_base(store, None, record)  # read back from where it is now

@@ -198,6 +198,18 @@ def test_of_a_run_without_checkpoints_nothing_is_removed_or_made(world: World) -
     assert not world.paths(run).checkpoints.exists()
 
 
+def test_what_is_called_removed_is_gone_where_nobody_has_claimed_the_run(world: World) -> None:
+    run = world.ended("failed", "failure")
+    saved(world, run, 10, 20, 30, 40)
+    for fence in world.paths(run).checkpoints.glob("epoch-*.json"):
+        fence.unlink()
+    told = collect(world, run, dry_run=True)
+    done = collect(world, run)
+    assert done.removed == told.removed != ()
+    assert not set(done.removed) & set(names(world, run))
+    assert done.steps_left == (40, 30, 20)
+
+
 def everything(world: World, run: str) -> dict[str, bytes]:
     """Every file beside the checkpoints, with what is in it."""
     return {
