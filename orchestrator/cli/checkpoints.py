@@ -13,6 +13,7 @@ from orchestrator import operations
 from orchestrator.cli import out
 from orchestrator.errors import CheckpointCorrupt
 from orchestrator.operations.results import RolledBack, StoredCheckpoint
+from orchestrator.paths import is_object_store
 from orchestrator.words import count, duration, size
 
 HEADING = ("step", "epoch", "attempt", "size", "age", "valid", "path")
@@ -59,13 +60,23 @@ def verify(run: str, step: int | None, root: Path | None, as_json: bool) -> None
     if damaged:
         if not as_json:
             steps = ", ".join(count(checkpoint.step) for checkpoint in damaged)
-            out.error(
-                f"damaged: step {steps}",
-                "nothing was changed; the next attempt sets it aside and goes on from one that matches",
-            )
+            out.error(f"damaged: step {steps}", f"nothing was changed; {_what_now(run, found, step)}")
         raise typer.Exit(CheckpointCorrupt.exit_code)
     if not as_json:
         out.line(f"{len(found)} of {len(found)} match their hashes")
+
+
+def _what_now(run: str, found: Sequence[StoredCheckpoint], step: int | None) -> str:
+    """What damage means for the run: an attempt goes on from the newest that matches, and from nothing else."""
+    copy = "restore a copy (docs/checkpoints.md, `By hand`)"
+    if step is not None:
+        return f"{copy}, or see which others match:  orch ckpt verify {run}"
+    good = next((checkpoint.step for checkpoint in found if checkpoint.valid), None)
+    if good is None:
+        return f"none matches, so no attempt can go on: {copy}"
+    if found[0].valid:
+        return f"the newest, step {count(good)}, matches"
+    return f"an attempt would go on from step {count(good)}, and nothing newer would count any more: {copy} before"
 
 
 def pull(run: str, directory: Path, step: int | None, root: Path | None, as_json: bool) -> None:
@@ -81,9 +92,18 @@ def push(run: str, root: Path | None, as_json: bool) -> None:
     if as_json:
         out.json_document(result.as_json())
     elif result.step is None:
-        out.line("nothing to push: no emergency save waits in the run directory")
+        out.line(f"nothing to push: {_nothing_waits(run, root)}")
     else:
         out.line(f"step {count(result.step)}, {size(result.size_bytes)}, verified: {result.path}")
+
+
+def _nothing_waits(run: str, root: Path | None) -> str:
+    listed = operations.list_checkpoints(run, root=root)
+    dead = [checkpoint for checkpoint in listed if not checkpoint.live and not is_object_store(checkpoint.path)]
+    if not dead:
+        return "no emergency save waits in the run directory"
+    steps = ", ".join(count(checkpoint.step) for checkpoint in dead)
+    return f"the emergency save of step {steps} was given up (`orch ckpt ls {run}` says why)"
 
 
 def gc(run: str, dry_run: bool, root: Path | None, as_json: bool) -> None:
@@ -100,7 +120,8 @@ def gc(run: str, dry_run: bool, root: Path | None, as_json: bool) -> None:
         out.line(f"  {name}")
     left = ", ".join(count(step) for step in result.steps_left) or "none"
     verb = "would be removed" if dry_run else "removed"
-    out.line(f"{len(result.removed)} files {verb}, {size(result.freed_bytes)}; checkpoints left: {left}")
+    files = len(result.removed)
+    out.line(f"{files} file{'' if files == 1 else 's'} {verb}, {size(result.freed_bytes)}; checkpoints left: {left}")
 
 
 def rollback(run: str, step: int, yes: bool, root: Path | None, as_json: bool) -> None:
@@ -123,8 +144,8 @@ def _asked(plan: RolledBack) -> bool:
 def _given_up(plan: RolledBack) -> str:
     if not plan.checkpoints_given_up:
         return "It is the newest one: nothing is given up."
-    number = plan.checkpoints_given_up
+    steps, number = plan.steps_given_up, plan.checkpoints_given_up
     return (
-        f"{count(plan.steps_given_up)} steps and {number} newer checkpoint{'' if number == 1 else 's'} are given up; "
-        "the next attempt removes the files."
+        f"{count(steps)} step{'' if steps == 1 else 's'} and {number} newer checkpoint{'' if number == 1 else 's'} "
+        "are given up; the next attempt removes the files."
     )

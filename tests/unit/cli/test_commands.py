@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator import operations
-from orchestrator.checkpoint import Manifest, take_over
+from orchestrator.checkpoint import Manifest, Refuge, take_over
 from orchestrator.cli import failures, out
 from orchestrator.cli.main import main
 from orchestrator.files import write_json
-from orchestrator.operations import describe
+from orchestrator.operations import checkpoints, describe
 from orchestrator.operations.checkpoints import open_run_store
 from orchestrator.operations.checkup.findings import Examined, Family, Finding, Level, SaveSeconds
 from orchestrator.registry import EventLog
@@ -592,6 +592,59 @@ def test_ckpt_verify_ends_with_5_when_one_is_damaged(cli: Cli, world: World) -> 
     assert cli("ckpt", "verify", run, "--step", "10").code == 0
     said = cli("ckpt", "verify", run, "--step", "11", "--json")
     assert (said.code, said.document["error"]["exit_code"]) == (5, 5)
+
+
+def test_ckpt_verify_says_what_damage_means_for_the_run(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    newest, middle, oldest = committed(world, run, 10, 20, 30)
+    middle.path.write_bytes(b"STATE 20")
+    said = cli("ckpt", "verify", run)
+    assert (said.code, "the newest, step 30, matches" in said.err) == (5, True)
+    newest.path.write_bytes(b"STATE 30")
+    said = cli("ckpt", "verify", run)
+    assert "damaged: step 30, 20" in said.err
+    assert "would go on from step 10" in said.err
+    assert f"orch ckpt verify {run}" in cli("ckpt", "verify", run, "--step", "30").err
+    oldest.path.write_bytes(b"STATE 10")
+    said = cli("ckpt", "verify", run)
+    assert "none matches" in said.err
+    assert "goes on from" not in said.err
+
+
+def test_ckpt_gc_names_the_damaged_ones_one_a_line(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    for manifest in committed(world, run, 10, 20, 1030):
+        manifest.path.write_bytes(b"?")
+    said = cli("ckpt", "gc", run, "--dry-run")
+    assert said.code == 5
+    assert [line.partition(":")[0] for line in said.err.splitlines()[1:4]] == ["  step 1 030", "  step 20", "  step 10"]
+    assert all(line.count(".ckpt") == 1 for line in said.err.splitlines()[1:4])
+    assert cli("ckpt", "gc", run).code == 5
+    assert cli("ckpt", "gc", run, "--json").document["error"]["exit_code"] == 5
+
+
+def test_ckpt_commands_name_the_emergency_save_that_waits(
+    cli: Cli, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = world.ended("failed", "failure")
+    committed(world, run, 10)
+    refuge = Refuge(world.paths(run).run_dir / "waiting")
+    monkeypatch.setattr(checkpoints, "_refuge", lambda store, paths: refuge)
+    assert "no emergency save waits" in cli("ckpt", "push", run).out
+    fence = open_run_store(world.paths(run)).owner()
+    assert fence is not None
+    refuge.open().commit(fence, lambda f: f.write(b"waits"), step=902, epoch=1, world_size=1)
+    said = cli("ckpt", "gc", run, "--dry-run")
+    assert "the emergency save of step 902 would first be uploaded" in said.err
+    assert "892 steps and 1 newer checkpoint are given up" in cli("ckpt", "rollback", run, "--step", "10").out
+    said = cli("ckpt", "push", run)
+    assert (said.code, "the emergency save of step 902 was given up" in said.out) == (0, True)
+
+
+def test_ckpt_rollback_of_one_step(cli: Cli, world: World) -> None:
+    run = world.ended("failed", "failure")
+    committed(world, run, 10, 11)
+    assert "1 step and 1 newer checkpoint are given up" in cli("ckpt", "rollback", run, "--step", "10").out
 
 
 def test_ckpt_pull(cli: Cli, world: World, tmp_path: Path) -> None:
