@@ -47,21 +47,34 @@ def sentence(text: str) -> str:
     return text[:1].upper() + text[1:] if first.isalpha() else text
 
 
-def safety(checkpoint_step: int | None) -> str:
-    """Whether the work is safe. `checkpoint_step`: of the last committed checkpoint, None without one."""
+def safety(checkpoint_step: int | None, lost_step: int | None = None) -> str:
+    """Whether the work is safe. `checkpoint_step`: of the checkpoint to go on from, None without one; `lost_step`: of a
+    newer one that is gone or damaged."""
+    if checkpoint_step is None and lost_step is not None:
+        return (
+            f"No checkpoint could be used; the last one was of step {count(lost_step)}. "
+            "Restore a copy of one first (docs/checkpoints.md, `By hand`)."
+        )
     if checkpoint_step is None:
         return "No checkpoint was committed; a resume starts at the beginning."
-    return f"Your work is safe up to step {count(checkpoint_step)}."
+    but = "" if lost_step is None else f" The checkpoint of step {count(lost_step)} is gone or damaged."
+    return f"Your work is safe up to step {count(checkpoint_step)}.{but}"
 
 
-def next_steps(run_id: str, state: JobState, reason: ExitReason | None, checkpoint_step: int | None) -> tuple[str, ...]:
+def next_steps(
+    run_id: str,
+    state: JobState,
+    reason: ExitReason | None,
+    checkpoint_step: int | None,
+    lost_step: int | None = None,
+) -> tuple[str, ...]:
     """Lines that say what became of the work and what to do; none for a run that needs nobody."""
     if state in (JobState.FAILED, JobState.LOST, JobState.NEEDS_RESUME):
         more = " --set resources.mem=…" if reason is ExitReason.OUT_OF_MEMORY else ""
         what = f"What it printed:  orch logs {run_id}        Go on:  orch resume {run_id}{more}"
-        return safety(checkpoint_step), what
+        return safety(checkpoint_step, lost_step), what
     if state is JobState.CANCELLED:
-        return (f"{safety(checkpoint_step)} Go on:  orch resume {run_id}",)
+        return (f"{safety(checkpoint_step, lost_step)} Go on:  orch resume {run_id}",)
     return ()
 
 
@@ -74,6 +87,7 @@ def story(
     step: int | None,
     max_steps: int | None,
     checkpoint_step: int | None,
+    lost_step: int | None = None,
 ) -> str:
     """A run's end in plain text, for people who are not looking at it: what happened, is it safe, what to do."""
     why = "" if reason is None or reason.value == state.value else f" ({spoken(reason.value)})"
@@ -81,4 +95,4 @@ def story(
     lines = [f"{run_id}: {spoken(state.value)}{why}{where}."]
     if message and message != state.value and state is not JobState.COMPLETED:
         lines.append(sentence(message))
-    return "\n".join([*lines, *next_steps(run_id, state, reason, checkpoint_step)])
+    return "\n".join([*lines, *next_steps(run_id, state, reason, checkpoint_step, lost_step)])

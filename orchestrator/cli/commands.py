@@ -15,7 +15,7 @@ import typer
 from orchestrator import operations
 from orchestrator.cli import out
 from orchestrator.errors import BackendError, SpecError
-from orchestrator.words import count, size
+from orchestrator.words import count, safety, size
 
 if TYPE_CHECKING:
     from orchestrator.operations.results import RunStatus, Signalled, Submitted, Usage
@@ -278,6 +278,8 @@ def cancel(run: str, root: Path | None, as_json: bool) -> None:
         "already_completed": "has already completed; there is nothing to cancel",
     }[result.action]
     safe = f" Step {count(result.step)} is safe." if result.step is not None else ""
+    if result.lost_step is not None and result.action != "cancelling":  # then it saves once more
+        safe = f" {safety(result.step, result.lost_step)}"
     more = "" if result.action == "already_completed" else f"{safe} Go on with it:  orch resume {result.run_id}"
     out.line((result.run_id, "bold"), f"  {words}.{more}")
 

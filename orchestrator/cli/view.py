@@ -126,7 +126,7 @@ def _trend(trend: Trend, width: int) -> Line:
 def _next_steps(status: RunStatus) -> Iterable[str]:
     run = status.run_id
     step = None if status.last_checkpoint is None else status.last_checkpoint.step
-    yield from next_steps(run, status.state, status.exit_reason, step)
+    yield from next_steps(run, status.state, status.exit_reason, step, status.lost_step)
     if status.state is JobState.RUNNING:
         yield f"follow:  orch logs -f {run}        stop:  orch cancel {run}"
 

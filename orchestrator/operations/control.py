@@ -96,7 +96,7 @@ def _must_be_here(record: Record, verb: str) -> None:
 
 def _cancelled(record: Record, action: str) -> Cancelled:
     job_id = record.submission.job_id if record.submission else None
-    return Cancelled(record.run_id, record.paths.run_dir, job_id, action, _safe_step(record))
+    return Cancelled(record.run_id, record.paths.run_dir, job_id, action, _safe_step(record), record.usable.lost)
 
 
 def _user() -> str:

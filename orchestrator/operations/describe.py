@@ -95,6 +95,7 @@ def describe(record: Record, asked: Asked, warnings: Iterable[str] = ()) -> RunS
         deadline=job.end if job and standing.state is JobState.RUNNING else None,
         progress=_progress(record),
         last_checkpoint=_last_checkpoint(record),
+        lost_step=record.usable.lost,
         resumed_from=_resumed_from(record),
         attempts=attempts,
         events=record.events,

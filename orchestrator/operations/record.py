@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,12 @@ from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import load_run, read_events
 from orchestrator.registry.submissions import Submission, is_current, newest_submission, stated
+from orchestrator.registry.usable import Usable, usable_checkpoint
 from orchestrator.states import JobState
 
 HEARTBEAT_FRESH_S = 60.0  # four beats of 15 s: one lost write does not declare a run dead
 
-
-# What says which checkpoint a run goes on from: events, and actions.
-_OF_CHECKPOINTS = ("checkpoint_committed", "pushed", "rolled_back")
+_ENDED = (JobState.COMPLETED, JobState.FAILED, JobState.CANCELLED, JobState.NEEDS_RESUME)
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,16 @@ class Record:
         path = next(given, None)
         return None if path is None else Path(path)
 
+    @cached_property
+    def usable(self) -> Usable:
+        """The checkpoint to go on from, as far as files tell."""
+        saving = self.heartbeat_fresh and self.stated not in _ENDED
+        return usable_checkpoint(self.events, self.paths.run_dir, look=not saving)
+
     @property
-    def last_checkpoint(self) -> dict[str, Any] | None:
-        """The event that names the checkpoint to go on from: the last commit, or what became of it afterwards."""
-        told = (event for event in reversed(self.events) if event.get("action", event.get("event")) in _OF_CHECKPOINTS)
-        return next(told, None)
+    def last_checkpoint(self) -> Mapping[str, Any] | None:
+        """The event that names the checkpoint to go on from."""
+        return self.usable.newest
 
 
 def is_ours(paths: RunPaths) -> bool:

@@ -129,6 +129,7 @@ class RunStatus:
     events: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...] = ()
     drill: dict[str, Any] | None = None  # the certificate of the newest drill
+    lost_step: int | None = None  # of a checkpoint newer than the last one, that is gone or damaged
 
     @property
     def succeeded(self) -> bool:
@@ -191,6 +192,7 @@ class Cancelled:
     job_id: str | None
     action: str
     step: int | None = None
+    lost_step: int | None = None  # as in RunStatus
 
     def as_json(self) -> dict[str, Any]:
         return {"run_id": self.run_id, "run_dir": str(self.run_dir), "job_id": self.job_id, "action": self.action}

@@ -31,6 +31,7 @@ from orchestrator.errors import OrchError
 from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog, load_run, read_events
+from orchestrator.registry.usable import usable_checkpoint
 from orchestrator.spec.webaddress import is_web_address
 from orchestrator.states import ExitReason, JobState
 from orchestrator.words import spoken, story
@@ -132,11 +133,20 @@ def describe_end(
 ) -> dict[str, Any]:
     """The JSON document; `text` is what people read."""
     progress = load_run(paths).progress or {}
-    committed = [event for event in read_events(paths) if event["event"] == "checkpoint_committed"]
+    usable = usable_checkpoint(read_events(paths), paths.run_dir, look=True)
     step, max_steps = _whole(progress.get("step")), _whole(progress.get("max_steps"))
-    checkpoint = _whole(committed[-1].get("step")) if committed else None
+    checkpoint = None if usable.newest is None else usable.newest["step"]
     said = _sendable(message)
-    text = story(orders["run_id"], state, reason, said, step=step, max_steps=max_steps, checkpoint_step=checkpoint)
+    text = story(
+        orders["run_id"],
+        state,
+        reason,
+        said,
+        step=step,
+        max_steps=max_steps,
+        checkpoint_step=checkpoint,
+        lost_step=usable.lost,
+    )
     return {
         "run_id": orders["run_id"],
         "name": orders["name"],

@@ -37,7 +37,7 @@ from orchestrator.checkpoint import (
 )
 from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.checkpoint.manifest import Origin, finite
-from orchestrator.errors import CheckpointError, Fenced, RegistryError
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, is_object_store
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter, read_events
@@ -344,7 +344,11 @@ class Session:
             log.warning("%s: %s", self.store.uri, weakness)
             self.event("action", action="weak_store", message=weakness)
         self._bring_in_emergency_saves()
-        found, self._fence = take_over(self.store, attempt=self.attempt, accept=self._accept, load=load)
+        try:
+            found, self._fence = take_over(self.store, attempt=self.attempt, accept=self._accept, load=load)
+        except CheckpointCorrupt as error:  # all that there is in the store
+            self.event("checkpoint_rejected", path=self.store.uri, reason=error.message)
+            raise
         skipped = [{"path": skip.location, "reason": skip.reason} for skip in found.skipped] if found else []
         for skip in skipped:
             log.warning("passed over %s: %s", skip["path"], skip["reason"])
@@ -387,6 +391,7 @@ class Session:
         if not (steps := [event["step"] for event in read_events(self.paths) if _tells_of_a_checkpoint(event)]):
             return
         another = "orch submit --new SPEC" if self.managed else "start in another run directory"
+        self.event("checkpoint_rejected", path=self.store.uri, reason="there is nothing at all")
         raise CheckpointError(
             f"this run has saved step {steps[-1]}, but there is nothing at all in {self.store.uri}",
             hint="nothing was changed; mount or restore what was there, or set checkpoint.uri back; to start from the "

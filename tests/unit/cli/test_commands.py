@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import operations
+from orchestrator.backends.base import SchedulerState
 from orchestrator.checkpoint import Manifest, Refuge, take_over
 from orchestrator.cli import failures, out
 from orchestrator.cli.main import main
@@ -255,6 +256,39 @@ def test_status_tells_the_story_of_a_run(cli: Cli, world: World) -> None:
     assert "train/loss  █" in story
     assert "Your work is safe up to step 30 000." in story
     assert f"orch resume {run} --set resources.mem=…" in story
+
+
+def test_what_is_gone_is_not_called_safe(cli: Cli, world: World) -> None:
+    run, agent = world.running()
+    log, folder = EventLog(world.paths(run), "rank0-0"), world.paths(run).checkpoints
+    folder.mkdir()
+    for step in (600, 601):
+        path = folder / f"step-{step}.ckpt"
+        path.write_bytes(b"weights")
+        path.with_suffix(".json").write_text("{}")
+        log.append("checkpoint_committed", attempt=0, step=step, epoch=0, path=str(path), size_bytes=7)
+    agent.end("cancelled", "cancelled", step=601)
+    world.paths(run).heartbeat.touch()  # its last one is young
+    world.paths(run).tombstone.touch()
+    world.backend.set("101", SchedulerState.ENDED)
+    assert "Your work is safe up to step 601. Go on" in cli("status", run).out
+    assert "Step 601 is safe. Go on" in cli("cancel", run).out
+    path.write_bytes(b"short")
+    expected = "Your work is safe up to step 600. The checkpoint of step 601 is gone or damaged."
+    said = cli("status", run).out
+    assert expected in said
+    assert "step-600.ckpt" in said
+    assert expected in cli("cancel", run).out
+    log.append("checkpoint_rejected", attempt=1, path=str(folder), reason="all 2 checkpoints are damaged")
+    expected = (
+        "No checkpoint could be used; the last one was of step 601. "
+        "Restore a copy of one first (docs/checkpoints.md, `By hand`)."
+    )
+    said = cli("status", run).out
+    assert expected in said
+    assert "safe" not in said
+    assert expected in cli("cancel", run).out
+    assert cli("status", run, "--json").document["last_checkpoint"] is None
 
 
 def test_status_names_the_foreign_checkpoint_a_run_began_with(cli: Cli, world: World) -> None:
