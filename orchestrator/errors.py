@@ -31,6 +31,8 @@ class OrchError(Exception):
         super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint and hasattr(self, "add_note"):  # below a traceback, where nobody prints `hint`; Python >= 3.11
+            self.add_note(f"hint: {hint}")
 
     def __str__(self) -> str:
         return self.message

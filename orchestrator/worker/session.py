@@ -37,7 +37,7 @@ from orchestrator.checkpoint import (
 )
 from orchestrator.checkpoint.lineage import parse_fence_name
 from orchestrator.checkpoint.manifest import Origin, finite
-from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, RegistryError
+from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced, OrchError, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.paths import DEFAULT_ROOT, RunPaths, is_object_store
 from orchestrator.registry import EventLog, HeartbeatThread, MetricsLog, ProgressWriter, read_events
@@ -751,7 +751,10 @@ class Session:
             self.leave_stopped()
         if said == "failed":
             return  # rank 0 failed first and has said why; what broke here is the connection to it
-        summary = "".join(traceback.format_exception_only(error)).strip()
+        if isinstance(error, OrchError):  # words for people: its class says nothing to them
+            summary = error.message if error.hint is None else f"{error.message}; hint: {error.hint}"
+        else:
+            summary = "".join(traceback.format_exception_only(error)).strip()
         with self._unheard():
             self.verdict("failed", step=step, epoch=epoch, reason=_failure_reason(error), message=summary)
 

@@ -23,6 +23,7 @@ from orchestrator.errors import CheckpointCorrupt, CheckpointError, Fenced
 from orchestrator.files import write_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import read_events
+from orchestrator.registry.usable import Usable, usable_checkpoint
 from orchestrator.states import ExitReason
 from orchestrator.worker.session import CheckpointSettings, Session, identify
 from orchestrator.worker.stop import DEADLINE_MARGIN_S, DeadlineWatchdog, StopRequest
@@ -285,6 +286,23 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(
     assert path.name in rejected[0]["path"]
 
 
+def test_when_all_are_damaged_the_events_say_so(tmp_path: Path, start: Callable[..., Session]) -> None:
+    first = start()
+    first.resume()
+    manifest = first.commit(lambda file: file.write(b"soon bad"), step=2, epoch=0)
+    path = Path(first.checkpoint_path(manifest))
+    path.chmod(0o600)
+    path.write_bytes(b"SOON BAD")
+    second = start(attempt=1)
+    with pytest.raises(CheckpointCorrupt, match="all 1 checkpoints") as caught, second.guard():
+        second.resume()
+    said = json.loads(second.paths.verdict(1).read_text())["message"]
+    assert said == f"{caught.value.message}; hint: {caught.value.hint}"
+    events = list(read_events(RunPaths(tmp_path)))
+    assert [event["path"] for event in events if event["event"] == "checkpoint_rejected"] == [str(path.parent)]
+    assert usable_checkpoint(events, tmp_path, look=False) == Usable(None, 2)
+
+
 def test_old_checkpoints_are_removed_but_not_while_stopping(tmp_path: Path, start: Callable[..., Session]) -> None:
     session = start()
     session.settings = CheckpointSettings(keep_last=2)
@@ -426,7 +444,7 @@ def test_a_failed_save_is_raised_by_the_next_report_and_once(start: Callable[...
     session.resume()
     session.commit_async(held.freeze, step=1, epoch=0)
     held.let.set()
-    assert eventually(lambda: session._in_flight.save is not None and session._in_flight.save.error is not None)
+    assert eventually(lambda: session._in_flight._save is not None and session._in_flight._save.error is not None)
     expected = CheckpointError if isinstance(failure, OSError) else ValueError
     with pytest.raises(expected, match="No space left" if isinstance(failure, OSError) else "cannot be written"):
         session.report(2, 0, 10)
@@ -443,7 +461,7 @@ def test_a_save_beside_the_training_that_is_fenced_ends_as_any_other(
         session.commit_async(held.freeze, step=1, epoch=0)
         start(attempt=1).resume()
         held.let.set()
-        assert eventually(lambda: session._in_flight.save is not None and session._in_flight.save.error is not None)
+        assert eventually(lambda: session._in_flight._save is not None and session._in_flight._save.error is not None)
         session.report(2, 0, 10)
     assert left.value.code == 93
     assert verdict(tmp_path)["outcome"] == "fenced"
@@ -506,7 +524,7 @@ def test_a_stop_does_not_wait_for_an_upload(tmp_path: Path, start: Callable[...,
     session.resume()
     session._places.refuge = Refuge(tmp_path / "refuge")
     session.commit_async(held.freeze, step=1, epoch=0)
-    upload = session._in_flight.save
+    upload = session._in_flight._save
     assert upload is not None
     assert held.begun.wait(20)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
@@ -998,7 +1016,7 @@ def test_an_upload_that_fails_while_the_process_leaves_does_not_go_to_the_disk(
     session, held = start(ORCH_CHECKPOINT_URI=store_url), Held()
     session.resume()
     session.commit_async(held.freeze, step=1, epoch=0)
-    upload = session._in_flight.save
+    upload = session._in_flight._save
     assert upload is not None
     assert held.begun.wait(20)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
