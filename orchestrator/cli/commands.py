@@ -48,7 +48,8 @@ def validate(spec: Path, sets: Sequence[str], root: Path | None, as_json: bool) 
         out.json_document(result.as_json())
         return
     out.warnings(result.warnings)
-    out.line(f"{spec} is fine: run {result.run_id}, {result.code_files} files of code ({size(result.code_bytes)})")
+    files = f"{count(result.code_files)} file{'' if result.code_files == 1 else 's'}"
+    out.line(f"{spec} is fine: run {result.run_id}, {files} of code ({size(result.code_bytes)})")
 
 
 def schema() -> None:

@@ -20,6 +20,7 @@ def examined_lines(result: Examined, marks: tuple[str, str, str]) -> list[Line]:
         if finding.fix is not None:
             content.append([(f"{'':{widest + column + 4}}do: {finding.fix}", "dim")])
     bad, known = (sum(finding.level is level for finding in result.findings) for level in (Level.BAD, Level.WARN))
-    verdict = f"{bad} wrong, {known} to be known" if bad else f"nothing is wrong, {known} to be known"
+    verdict = f"{bad} wrong" if bad else "nothing is wrong"
+    verdict += f", {known} thing{'' if known == 1 else 's'} to know" if known else ""
     content.append([(verdict, "bold red" if bad else "bold green")])
     return content

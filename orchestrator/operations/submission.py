@@ -146,7 +146,8 @@ def check(spec: JobSpec, environ: Mapping[str, str]) -> None:
     if missing:
         raise SpecError(
             f"secrets: {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set in this environment",
-            hint="export the value in this shell (it is handed over in a file only you can read) and submit again",
+            hint="export the value in this shell (it is handed over in a file only you can read) and run the same "
+            "command again",
         )
     _check_webhook(spec, environ)
     if spec.backend == "local":

@@ -130,6 +130,7 @@ def test_validate_of_a_good_spec(cli: Cli, world: World, monkeypatch: pytest.Mon
     said = cli("validate", world.spec, "--json")
     assert said.document["valid"] is True
     assert said.document["run_id"].startswith("job-")
+    assert "1 file of code (" in cli("validate", world.spec).out
     monkeypatch.delenv("TOKEN")
     assert "TOKEN is not set" in cli("validate", world.spec).err
     assert not world.root.exists()
@@ -550,6 +551,21 @@ def test_an_unwritable_state_directory_does_not_hide_a_bug(
 
 
 # --- doctor -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("levels", "sum_of_all"),
+    [
+        ([Level.OK], "nothing is wrong"),
+        ([Level.WARN, Level.WARN], "nothing is wrong, 2 things to know"),
+        ([Level.BAD, Level.OK], "1 wrong"),
+    ],
+)
+def test_doctor_counts_only_what_there_is(levels: list[Level], sum_of_all: str) -> None:
+    from orchestrator.cli.examined import examined_lines
+
+    examined = Examined(tuple(Finding("topic", level, "words") for level in levels), SaveSeconds())
+    assert examined_lines(examined, ("v", "!", "x"))[-1][0][0] == sum_of_all
+
+
 def test_doctor_tells_level_words_and_fix(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     findings = (
         Finding("slurm", Level.OK, "Slurm 24.11"),
@@ -571,7 +587,7 @@ def test_doctor_tells_level_words_and_fix(cli: Cli, monkeypatch: pytest.MonkeyPa
         "           do: set caches",
         "  ✘ root   full",
         "           do: make room",
-        "1 wrong, 1 to be known",
+        "1 wrong, 1 thing to know",
     ]
     assert (asked["node"], asked["partition"], asked["start_s"], asked["spec"]) == (True, "p", 300.0, None)
     said = cli("doctor", "--json")

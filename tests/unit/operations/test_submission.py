@@ -202,6 +202,13 @@ def test_what_needs_nothing_needs_no_secret(world: World) -> None:
         world.submit()
 
 
+def test_without_its_secrets_neither_submit_nor_resume_says_to_do_the_other(world: World) -> None:
+    run = world.ended("needs_resume", "preempted")
+    with pytest.raises(SpecError, match="TOKEN is not set") as caught:
+        world.resume(run, environ={name: value for name, value in world.environ.items() if name != "TOKEN"})
+    assert str(caught.value.hint).endswith("and run the same command again")
+
+
 def test_resume_reads_the_secrets_again(world: World) -> None:
     run = world.ended("needs_resume", "preempted")
     assert not world.paths(run).secrets.exists()
