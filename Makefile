@@ -77,7 +77,7 @@ chaos: $(STAMP) ## kill, pause and starve saves and whole runs many more times t
 	ORCH_CHAOS_KILLS=1000 ORCH_CHAOS_OBJECT_KILLS=60 ORCH_CHAOS_PUSH_KILLS=42 \
 	    ORCH_CHAOS_RACES=400 ORCH_CHAOS_OBJECT_RACES=200 ORCH_CHAOS_FAULTY_ATTEMPTS=20 \
 	    ORCH_CHAOS_FAULT_STEP=1 ORCH_CHAOS_STOPS=100 \
-	    $(PYTEST) --numprocesses 2 --dist worksteal --durations 30 \
+	    $(PYTEST) --numprocesses 2 --dist worksteal --durations 30 -o faulthandler_timeout=3600 \
 	    $(LONG_TEST) $(filter-out $(LONG_TEST), $(sort $(wildcard tests/chaos/test_*.py))) tests/objects
 
 bench: $(STAMP) ## the figures in benchmarks/
