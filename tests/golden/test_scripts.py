@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def test_script_is_clean_shell(name: str, tmp_path: Path) -> None:
     path = tmp_path / "script.sbatch"
     path.write_text(script_of(CASES[name], root="/shared/o'rch $(id) é"))
     subprocess.run(["bash", "-n", path], check=True)
-    found = subprocess.run(["shellcheck", "--shell=bash", path], capture_output=True, text=True, check=False)
+    shellcheck = Path(sysconfig.get_path("scripts")) / "shellcheck"  # of the environment that runs the tests
+    found = subprocess.run([shellcheck, "--shell=bash", path], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout
 
 
