@@ -183,9 +183,15 @@ class Directory:
     def write_data(self, name: str, write: Callable[[BinaryIO], object], *, note: Trace) -> FileEntry:
         """See Medium.write_data."""
         with open_atomic(self.path / name, trace=lambda op: note(f"data-{op}")) as raw:
-            stream = HashingWriter(_DataFile(raw))
+            file = _DataFile(raw)
+            stream = HashingWriter(file)
             note("data-write")
-            stream.fill(write)
+            try:
+                stream.fill(write)
+            except Exception:
+                file.close()
+                raise
+            file.close()
         return FileEntry(name, stream.size, stream.sha256)
 
     def put(self, name: str, source: Path, *, reading: Reading | None) -> None:
@@ -322,7 +328,9 @@ class _DataFile:
         # Of its own: a save that is interrupted closes `handle` while the thread that writes may still be at it, and
         # the number could be another file's by then.
         self._fd = os.dup(handle.fileno())
-        weakref.finalize(self, os.close, self._fd)
+        # For whoever knows that no thread is at it any more: a full disk gets its room back at once. Else it is closed
+        # with the last thread.
+        self.close = weakref.finalize(self, os.close, self._fd)
         device = os.fstat(self._fd).st_dev
         local = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}").exists()
         self._direct = local and self._set_direct(True)

@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -117,6 +118,11 @@ def test_the_disk_error_is_told_not_what_the_serialiser_made_of_it(
     with pytest.raises(CheckpointError, match="ENOSPC") as caught:
         store.commit(fence, write, step=1, epoch=0, world_size=1)
     assert "keep_last" in (caught.value.hint or "")
+    opened = []
+    for link in list(Path("/proc/self/fd").iterdir()):
+        with suppress(FileNotFoundError):  # of the listing itself
+            opened.append(str(link.readlink()))
+    assert not [path for path in opened if str(store.directory) in path]  # else the disk stays full
 
 
 def test_what_an_interrupted_save_still_writes_ends_in_no_other_file(
