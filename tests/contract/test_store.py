@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import pytest
 
@@ -358,8 +358,8 @@ def test_take_over_takes_what_was_committed_while_it_looked(store: CheckpointSto
     new_store = open_again()
     original, late = new_store.find, iter([20, 30])
 
-    def find_then_lose_a_race() -> Found | None:
-        result = original()
+    def find_then_lose_a_race(**how: Any) -> Found | None:
+        result = original(**how)
         for step in late:
             save(store, old, step)
             break
@@ -391,7 +391,7 @@ def test_what_was_listed_before_a_fence_that_buries_it_is_no_base(store: Checkpo
     fooled = open_again()
     original = fooled.find
 
-    def find_too_early() -> Found | None:
+    def find_too_early(**how: Any) -> Found | None:
         fooled.find = original  # type: ignore[method-assign]
         zombie = save(store, old, 150)
         new_store = open_again()
