@@ -209,7 +209,7 @@ class Attempt:
 def open_store(order: dict[str, Any]) -> CheckpointStore:
     """In a directory, or, if the order says so, in a bucket; opened anew in every process."""
     if bucket := order.get("bucket"):
-        from orchestrator.checkpoint.objects import ObjectStore
+        from orchestrator.checkpoint.objects import PATIENCE_S, ObjectStore
 
         disk = bucket.get("shared_disk")
         return ObjectStore(
@@ -218,6 +218,7 @@ def open_store(order: dict[str, Any]) -> CheckpointStore:
             scratch=Path(bucket["scratch"]),
             shared_disk=Path(disk) if disk else None,
             claim_on_disk=bucket.get("claim_on_disk", False),
+            patience_s=lambda: bucket.get("patience_s", PATIENCE_S),
         )
     return PosixStore(order["directory"])
 

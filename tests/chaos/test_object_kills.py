@@ -81,7 +81,7 @@ def place(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.fixture(scope="module")
 def attempts() -> Iterator[Nursery]:
-    with nursery(240.0 + 10 * (KILLS + 2 * PUSH_KILLS)) as opened:
+    with nursery() as opened:
         yield opened
 
 

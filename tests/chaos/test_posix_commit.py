@@ -54,7 +54,7 @@ GARBAGE_POINTS = ["gc-verify", "gc-unlink-manifest", "gc-dirsync", "gc-unlink-da
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    with open_nursery(DEADLINE_S * max(4, KILLS // 20, RACES // 10)) as opened:
+    with open_nursery() as opened:
         yield opened
 
 

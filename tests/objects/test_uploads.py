@@ -86,7 +86,7 @@ def test_every_part_carries_a_checksum(prefix: Prefix) -> None:
 def test_what_a_killed_attempt_had_sent_is_freed_by_the_next_ones_collection(prefix: Prefix, tmp_path: Path) -> None:
     third = lambda request: HANG if "partNumber=3" in request.target else None  # noqa: E731
     prefix.proxy.decide = third
-    with nursery(120.0) as attempts:
+    with nursery() as attempts:
         order = {
             "url": prefix.url,
             "options": prefix.proxy.server.storage_options,
