@@ -54,7 +54,7 @@ CLUSTER_TESTS = \
 	$(PYTEST) -m alone tests/cluster || status=$$?; \
 	$(PYTEST) --numprocesses $(CLUSTERS) --dist worksteal -m 'not alone' $(LONG_TEST) tests/cluster || status=$$?; \
 	ORCH_TEST_SLURM=$(OTHER_SLURM) $(PYTEST) --numprocesses $(CLUSTERS) --dist worksteal \
-	    tests/cluster/test_stops.py tests/cluster/test_backend_contract.py || status=$$?
+	    -m other_slurm tests/cluster || status=$$?
 
 test: $(STAMP) system ## every test, the real cluster included where the machine allows it
 	@status=0; \

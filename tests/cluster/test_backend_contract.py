@@ -28,6 +28,8 @@ from tests.contract.test_backend import (
     test_one_poll_answers_for_every_handle,
 )
 
+pytestmark = pytest.mark.other_slurm
+
 __all__ = [
     "test_a_signal_needs_a_running_job",
     "test_a_signal_to_a_running_job_is_accepted",

@@ -267,12 +267,13 @@ TWO_RANKS = {"torchrun": {"nproc_per_node": 2}, "resources": {"mem": "2G", "cpus
 TORCH = {"resources": {"mem": "2G", "time": "00:10:00"}}
 
 STOPS = (
-    Stop("preemption, Slurm's defaults (GraceTime=20)", preempt, CAME_BACK),
+    Stop("preemption, Slurm's defaults (GraceTime=20)", preempt, CAME_BACK, by_slurm=True),
     Stop(
         "preemption, preempt_send_user_signal with `B:` (ours)",
         preempt,
         CAME_BACK,
         settings=USER_SIGNAL,
+        by_slurm=True,
     ),
     Stop(
         "preemption, preempt_send_user_signal without `B:`",
@@ -280,24 +281,32 @@ STOPS = (
         CAME_BACK,
         settings=USER_SIGNAL,
         spec={"slurm": {"partition": "low", "template": "without_b.sbatch.j2"}},
+        by_slurm=True,
     ),
     Stop(
         "preemption, GraceTime=0",
         preempt,
         ("requeued_by_admin", "completed"),  # Slurm 22.05 tells it apart from an administrator's nowhere
         spec=partition("nograce"),
+        by_slurm=True,
     ),
-    Stop("preemption, PreemptMode=CANCEL", preempt, CAME_BACK, spec=partition("cancel")),
-    Stop("preemption, JobRequeue=0", preempt, CAME_BACK, settings=("JobRequeue=0",)),
-    Stop("preemption by QOS", preempt_by_qos, CAME_BACK, settings=QOS, spec=partition("low", qos="low")),
+    Stop("preemption, PreemptMode=CANCEL", preempt, CAME_BACK, spec=partition("cancel"), by_slurm=True),
+    Stop("preemption, JobRequeue=0", preempt, CAME_BACK, settings=("JobRequeue=0",), by_slurm=True),
+    Stop("preemption by QOS", preempt_by_qos, CAME_BACK, settings=QOS, spec=partition("low", qos="low"), by_slurm=True),
     Stop(
         "time limit",
         nothing,
         ("time_limit", "completed"),
         spec={"resources": {"mem": "500M", "time": "00:02:00"}, "preemption": {"lead_time": "30s"}},
+        by_slurm=True,
     ),
-    Stop("`scontrol requeue` by an administrator", requeue_by_admin, ("requeued_by_admin", "completed")),
-    Stop("`scontrol requeuehold` (JobHeldAdmin), then released", hold_by_admin, ("requeued_by_admin", "completed")),
+    Stop("`scontrol requeue` by an administrator", requeue_by_admin, ("requeued_by_admin", "completed"), by_slurm=True),
+    Stop(
+        "`scontrol requeuehold` (JobHeldAdmin), then released",
+        hold_by_admin,
+        ("requeued_by_admin", "completed"),
+        by_slurm=True,
+    ),
     Stop(
         "`scancel` before start",
         scancel_in_the_queue,
@@ -307,7 +316,7 @@ STOPS = (
         resume=("--set", "slurm.begin=null"),
         begin_at=0,
     ),
-    Stop("`scancel` while running", scancel, ("cancelled",), state="cancelled"),
+    Stop("`scancel` while running", scancel, ("cancelled",), state="cancelled", by_slurm=True),
     Stop(
         "`scancel` during a save",
         scancel_during_a_save,
@@ -324,6 +333,7 @@ STOPS = (
         lost=EVERY_STEPS,
         takeover=True,
         begin_at=EVERY_STEPS + 5,
+        by_slurm=True,
     ),
     Stop(
         "slurmstepd killed",
@@ -331,6 +341,7 @@ STOPS = (
         ("node_failure", "completed"),
         lost=EVERY_STEPS,
         begin_at=EVERY_STEPS + 5,
+        by_slurm=True,
     ),
     Stop("agent killed", kill_agent, ("node_failure", "completed"), lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
     Stop(
@@ -396,6 +407,7 @@ STOPS = (
         state="needs_resume",
         words="max_requeues=0 is used up",
         spec={"preemption": {"lead_time": "20s", "max_requeues": 0}},
+        by_slurm=True,
     ),
     Stop(
         "out of memory in a rank",
@@ -462,7 +474,15 @@ STOPS = (
 
 
 def rows() -> list[Any]:
-    return [pytest.param(stop, runtime, id=f"{stop.name} [{runtime}]") for stop in STOPS for runtime in stop.runtimes]
+    return [
+        pytest.param(stop, runtime, id=f"{stop.name} [{runtime}]", marks=marks(stop, runtime))
+        for stop in STOPS
+        for runtime in stop.runtimes
+    ]
+
+
+def marks(stop: Stop, runtime: str) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.other_slurm] if stop.by_slurm and runtime == "none" else []
 
 
 @pytest.fixture
