@@ -13,7 +13,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.containers.payload import Mount, Payload, PayloadRequest
+from orchestrator.containers.payload import (
+    LABEL_ATTEMPT,
+    LABEL_DIRECTORY,
+    LABEL_NODE,
+    LABEL_RUN,
+    SIGKILLED,
+    About,
+    Mount,
+    Payload,
+    PayloadRequest,
+)
 from orchestrator.errors import ContainerError
 
 if TYPE_CHECKING:
@@ -22,10 +32,6 @@ if TYPE_CHECKING:
 _API_TIMEOUT_S = 20
 _ENGINE_LOST_S = 60  # an engine that restarts is back well within this; containers run on meanwhile (FACTS 4)
 _KILL_WAIT_S = 20
-_SIGKILLED = 137
-
-LABEL_RUN, LABEL_ATTEMPT, LABEL_NODE = "orch.run_id", "orch.attempt", "orch.node"
-LABEL_DIRECTORY = "orch.run_dir"  # the same spec under two roots is two runs of one name
 
 
 def connect(environ: Mapping[str, str] = os.environ, *, timeout_s: int = _API_TIMEOUT_S) -> docker.DockerClient:
@@ -89,7 +95,7 @@ class DockerPayload:
                 lost_since = None
                 continue
             except docker.errors.NotFound:
-                self._code = _SIGKILLED  # removed from outside
+                self._code = SIGKILLED  # removed from outside
                 return
             except (docker.errors.DockerException, requests.RequestException) as error:
                 if "timed out" in str(error).lower():  # some transports wrap the read time-out
@@ -202,29 +208,48 @@ class DockerRuntime:
             raise _start_error(request, _words(error)) from error
         return DockerPayload(self._client, container)
 
-    def ensure_image(self, image: str) -> None:
-        """Pull a digest-pinned image that this node does not have yet."""
+    def about(self) -> About:
+        """Version and store of the engine."""
+        import requests
+
+        try:
+            info = self._client.info()
+        except requests.RequestException as error:  # docker's APIError is one
+            raise ContainerError(f"the container engine answers with an error: {_words(error)}") from error
+        return About(str(info.get("ServerVersion", "")), str(info.get("DockerRootDir", "")))
+
+    def has_image(self, image: str) -> bool:
+        """Whether this node has it. Raises ContainerError."""
         import docker.errors
         import requests
 
         try:
             self._client.images.get(image)
         except docker.errors.ImageNotFound:
-            if image.startswith("sha256:"):
-                raise ContainerError(
-                    f"image {image} is not on node {os.uname().nodename}, and a local image id cannot be pulled",
-                    hint="Push it to a registry and pin `repository@sha256:…`, or load it on every node.",
-                ) from None
-            try:
-                self._client.images.pull(image)
-            except requests.RequestException as error:
-                raise ContainerError(
-                    f"cannot pull {image}: {_words(error)}", hint="Check the name and `docker login` on the node."
-                ) from error
+            return False
         except requests.RequestException as error:
             raise ContainerError(
                 f"the container engine cannot say whether it has {image}: {_words(error)}",
                 hint="Look at the engine on this machine: `docker info`.",
+            ) from error
+        return True
+
+    def ensure_image(self, image: str) -> None:
+        """Pull a digest-pinned image that this node does not have yet."""
+        import requests
+
+        if self.has_image(image):
+            return
+        if image.startswith("sha256:"):
+            raise ContainerError(
+                f"image {image} is not on node {os.uname().nodename}, and a local image id cannot be pulled",
+                hint="Push it to a registry and pin `repository@sha256:…`, or load it on every node.",
+            )
+        try:
+            self._client.images.pull(image)
+        except requests.RequestException as error:
+            raise ContainerError(
+                f"cannot pull {image}: {_words(error)}", hint="Check the name and `docker login` on the node."
             ) from error
 
 
@@ -266,6 +291,7 @@ def container_options(request: PayloadRequest) -> dict[str, Any]:
         # character of the path has a meaning (`-v` splits at colons).
         "mounts": [_mount(mount) for mount in request.mounts],
         "tmpfs": {"/tmp/home": f"mode=0700,uid={uid},gid={gid}"},  # without a passwd entry HOME would be `/`
+        "ulimits": [{"name": name, "soft": limit, "hard": limit} for name, limit in request.limits.items()],
         "network_mode": "host" if request.host_network else "bridge",
         "init": False,
         "detach": True,

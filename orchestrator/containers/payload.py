@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
+
+LABEL_RUN, LABEL_ATTEMPT, LABEL_NODE = "orch.run_id", "orch.attempt", "orch.node"
+LABEL_DIRECTORY = "orch.run_dir"  # the same spec under two roots is two runs of one name
+SIGKILLED = 137  # exit code of a container whose end nobody has recorded
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,10 @@ class PayloadRequest:
     cpus: int | None
     host_network: bool
     gpus: tuple[str, ...]  # indices or UUIDs that the scheduler gave to this step
+    scratch: Path  # node-local, this attempt's alone: for what a runtime leaves beside a container
     log: Path  # where PID 1's own output goes if it fails before it opens its log
     environ: Mapping[str, str] = field(default_factory=dict)  # nothing secret: visible in `inspect` and /proc
+    limits: Mapping[str, int] = field(default_factory=dict)  # of setrlimit(2), by ulimit's names; -1 = none
 
 
 class Payload(Protocol):
@@ -59,6 +66,14 @@ class Payload(Protocol):
         """What to record about it: runtime, id, pid."""
 
 
+@dataclass(frozen=True)
+class About:
+    """An engine that can be used: its version, and the directory in which it keeps images."""
+
+    version: str
+    store: str
+
+
 class Runtime(Protocol):
     """Starts payloads on this node."""
 
@@ -71,14 +86,36 @@ class Runtime(Protocol):
         """Start PID 1; raises ContainerError with the engine's words and the fix."""
 
 
-def open_runtime(name: str) -> Runtime:
-    """The runtime of that name (`docker` or `none`); imports its client only now."""
-    if name == "docker":
-        from orchestrator.containers.docker import DockerRuntime
+class Engine(Runtime, Protocol):
+    """A runtime with images."""
 
-        return DockerRuntime()
+    def about(self) -> About:
+        """What there is to say of the engine. Raises ContainerError where none can be used."""
+
+    def has_image(self, image: str) -> bool:
+        """Whether this node has an image. Raises ContainerError."""
+
+    def ensure_image(self, image: str) -> None:
+        """Fetch an image that this node does not have yet. Raises ContainerError."""
+
+
+def open_engine(name: str, environ: Mapping[str, str] = os.environ) -> Engine:
+    """The engine of that name; imports its client only now. Raises ContainerError where none answers."""
+    if name == "docker":
+        from orchestrator.containers.docker import DockerRuntime, connect
+
+        return DockerRuntime(connect(environ))
+    if name == "podman":
+        from orchestrator.containers.podman import PodmanRuntime
+
+        return PodmanRuntime(environ)
+    raise ValueError(f"unknown container engine {name!r}")
+
+
+def open_runtime(name: str) -> Runtime:
+    """What container.runtime names. Raises ContainerError where an engine does not answer."""
     if name == "none":
         from orchestrator.containers.process import ProcessRuntime
 
         return ProcessRuntime()
-    raise ValueError(f"unknown container runtime {name!r}")
+    return open_engine(name)

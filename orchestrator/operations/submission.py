@@ -178,10 +178,10 @@ def _check_mounts(spec: JobSpec) -> None:
 
 def _check_engine(spec: JobSpec, environ: Mapping[str, str]) -> None:
     """Here the engine that will run the job can be asked beforehand."""
-    if spec.container.runtime == "docker" and spec.container.image is not None:
-        from orchestrator.containers.docker import DockerRuntime, connect
+    if spec.container.image is not None:
+        from orchestrator.containers.payload import open_engine
 
-        DockerRuntime(connect(environ)).ensure_image(spec.container.image)
+        open_engine(spec.container.runtime, environ).ensure_image(spec.container.image)
 
 
 def _free_id(request: Request) -> str:

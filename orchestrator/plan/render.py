@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 # The login environment does not leak into jobs (`--export=ALL` would); these few are needed to find programs and the
 # engine. SLURM_* always travel.
 EXPORTED = (
+    "CONTAINERS_CONF",
+    "CONTAINERS_REGISTRIES_CONF",
+    "CONTAINERS_STORAGE_CONF",
     "DOCKER_HOST",
     "HOME",
     "LANG",
@@ -29,6 +32,7 @@ EXPORTED = (
     "LOGNAME",
     "MODULEPATH",
     "PATH",
+    "REGISTRY_AUTH_FILE",
     "SHELL",
     "TZ",
     "USER",

@@ -205,7 +205,7 @@ def _lay_beneath(document: Document, site: SiteProfile) -> None:
             holder[path[-1]] = value
             document.places[path] = document.key_places[path] = place
     container = document.value.get("container")
-    if site.caches is not None and isinstance(container, dict) and container.get("runtime") == "docker":
+    if site.caches is not None and isinstance(container, dict) and container.get("runtime", "none") != "none":
         _mount_caches(container, site.caches)
 
 

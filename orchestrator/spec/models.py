@@ -242,7 +242,9 @@ class Mount(_Section):
 class Container(_Section):
     """Where it runs. `none` is the interpreter that runs `orch`, or `slurm.python`."""
 
-    runtime: Literal["docker", "none"] = Field("none", description="`docker`, or `none` for no container.")
+    runtime: Literal["docker", "podman", "none"] = Field(
+        "none", description="`docker` or `podman`, or `none` for no container."
+    )
     image: SomeText | None = Field(
         None,
         description=(
@@ -255,8 +257,8 @@ class Container(_Section):
     @field_validator("runtime", mode="before")
     @classmethod
     def _later_runtimes(cls, value: Any) -> Any:
-        if value in ("podman", "apptainer", "singularity", "pyxis", "enroot"):
-            raise ValueError(f"{value} is not in this version; use docker or none")
+        if value in ("apptainer", "singularity", "pyxis", "enroot"):
+            raise ValueError(f"{value} is not in this version; use docker, podman or none")
         return value
 
     @field_validator("image")
@@ -280,10 +282,17 @@ class Container(_Section):
 
     @model_validator(mode="after")
     def _image_fits_runtime(self) -> Container:
-        if self.runtime == "docker" and self.image is None:
-            raise Refusal(((), "runtime docker needs image: repository@sha256:… (from a tag:  orch image lock TAG)"))
+        if self.runtime != "none" and self.image is None:
+            raise Refusal(
+                ((), f"runtime {self.runtime} needs image: repository@sha256:… (from a tag:  orch image lock TAG)")
+            )
         if self.runtime == "none" and self.image is not None:
-            raise Refusal((("image",), "runtime none uses no image; set container.runtime: docker, or leave image out"))
+            raise Refusal(
+                (
+                    ("image",),
+                    "runtime none uses no image; set container.runtime to docker or podman, or leave image out",
+                )
+            )
         if self.runtime == "none" and self.mounts:
             raise Refusal((("mounts",), "runtime none has no mounts: the job sees the node's own files"))
         return self

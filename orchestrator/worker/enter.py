@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import signal
+import subprocess
 import sys
 import termios
 import threading
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.containers.docker import connect
+from orchestrator.containers.podman import exec_command
 from orchestrator.errors import ContainerError, OrchError
 from orchestrator.worker import ranks
 from orchestrator.worker.agent import load_orders
@@ -140,12 +142,14 @@ def enter_container(run_dir: Path, orders: Mapping[str, Any], rank: str, contain
     if agent is None or own is None:
         print(f"orch: rank {rank} of {orders['run_id']} is not running on {node}", file=sys.stderr)
         return ranks.NOT_RUNNING
-    client = connect({**os.environ, **ranks.environ_of(agent)})
+    environ = {**os.environ, **ranks.environ_of(agent)}
     directory = Path(ranks.environ_of(own)["ORCH_DEADLINE_FILE"]).parent
     with leash_in(directory) as leash, _raw_terminal(0) as terminal:
         neighbour = neighbour_argv(orders, node, rank, str(leash), command)
         argv = ["python3", ranks.program_in(orders["library_dir"]), *neighbour]
-        return Engine(client.api, container).run(argv, terminal=terminal)
+        if orders["container"]["runtime"] == "podman":
+            return subprocess.run(exec_command(container, argv, terminal=terminal), env=environ, check=False).returncode
+        return Engine(connect(environ).api, container).run(argv, terminal=terminal)
 
 
 def main(argv: list[str]) -> int:

@@ -179,6 +179,7 @@ class Launch:
         for signum in {signal.SIGTERM, signal.SIGUSR1, self.signum}:
             signal.signal(signum, self._on_stop_signal)
         signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whatever the program that started us held back
 
     def _on_stop_signal(self, signum: int, frame: object) -> None:
         self.stop_requested = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import shutil
 import signal
 import sys
@@ -36,6 +37,7 @@ _DEADLINE_SLACK_S = 3.0  # PID 1 ends what is left so long after the deadline â€
 _KILL_SLACK_S = 8.0  # â€¦ and the agent ends PID 1
 _FIRST_DEADLINE_S = 20.0  # until the scheduler has told the true one; the shortest grace in common use
 _TERMINAL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?)")  # CSI and OSC sequences (ECMA-48)
+_LIMITS = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC, "memlock": resource.RLIMIT_MEMLOCK}
 STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
 
 
@@ -366,7 +368,9 @@ class NodeAgent:
             cpus=orders["cpus_per_task"],
             host_network=self.place.nodes > 1,
             gpus=step_gpus(orders["gpus_per_node"], self.environ),
+            scratch=directory.path,
             log=self.paths.node_log(self.place.attempt, self.place.node),
+            limits=step_limits(),
         )
 
 
@@ -376,6 +380,18 @@ def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:
     if wanted == 0:
         return ()
     return tuple(given.split(",")) if given else tuple(str(index) for index in range(wanted))
+
+
+def step_limits() -> dict[str, int]:
+    """What Slurm allows this step, so that a container is allowed no less (locked memory: InfiniBand) and no more."""
+    hard = {name: resource.getrlimit(number)[1] for name, number in _LIMITS.items()}
+    # An engine may cap its own limit at the number of pids there are, and cannot give more than it has.
+    hard["nproc"] = min(hard["nproc"], _most_pids()) if hard["nproc"] >= 0 else _most_pids()
+    return hard
+
+
+def _most_pids() -> int:
+    return int(Path("/proc/sys/kernel/pid_max").read_text())
 
 
 def py_spy() -> Path:

@@ -175,6 +175,10 @@ class Cluster:
         """Ids of the engine's containers, running or not; `filters` as of `docker ps --filter`."""
         return self.run("docker", "ps", "--all", "--quiet", *(f"--filter={f}" for f in filters)).stdout.split()
 
+    def podman_containers(self, *filters: str) -> list[str]:
+        """Ids of podman's containers, running or not; `filters` as of `podman ps --filter`."""
+        return self.run("podman", "ps", "--all", "--quiet", *(f"--filter={f}" for f in filters)).stdout.split()
+
     def story(self) -> str:
         """What the cluster says of itself when a test waited in vain: queue, nodes, the ends of the logs."""
         told = []
@@ -228,8 +232,12 @@ class Cluster:
             self.run("scancel", *ids, timeout=60, check=False)  # one that ends by itself meanwhile is no failure
         self.wait("the queue to be empty", lambda: not self.run("squeue", "--noheader").stdout.strip(), timeout=60)
         self.wait("all nodes to be idle", self._all_idle, timeout=60)
-        if "DOCKER_HOST" in self.overrides and (left := self.containers()):
+        if "DOCKER_HOST" not in self.overrides:
+            return
+        if left := self.containers():
             self.run("docker", "rm", "--force", *left, timeout=60)
+        if left := self.podman_containers():
+            self.run("podman", "rm", "--force", "--time=0", *left, timeout=60)
 
     def _all_idle(self) -> bool:
         states = dict(

@@ -30,7 +30,13 @@ from tests.cluster.service import call, remove_tree
 CONTEXT = Path(__file__).resolve().parents[2] / "containers" / "pretrain-cpu"
 _PACKAGES = "python3,python3-venv"
 _RECIPE = "1"  # counts up when the way the image is built changes without a change of its files
-_PIECES = {"base": "base", "wheels": "wheels", "image": "image", "engine": "image"}  # what the cache holds → its key
+_PIECES = {
+    "base": "base",
+    "wheels": "wheels",
+    "image": "image",
+    "engine": "image",
+    "podman": "image",
+}  # what the cache holds → its key
 # Nothing in a container reads these, and they are a third of the base system.
 _LEAVE_OUT = (
     "./var/cache/apt/*",
@@ -72,7 +78,7 @@ def has_template() -> bool:
 
 
 def _template() -> Path:
-    return cache_directory() / f"engine-{_key('image')}"
+    return cache_directory() / f"engine-{image_key()}"
 
 
 def ensure_image(env: Mapping[str, str]) -> str:
@@ -81,20 +87,29 @@ def ensure_image(env: Mapping[str, str]) -> str:
         return _image_id(env)
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
-    archive = cache / f"image-{_key('image')}.tar"
     with locked(cache):
-        if not archive.exists():
+        if not archive().exists():
             sweep(cache, _PIECES, {f"{kind}-{_key(input)}" for kind, input in _PIECES.items()})
-            _build(cache, archive, env)
+            _build(cache, archive(), env)
             return _image_id(env)
-    say(f"load {archive.name}")
-    call(["docker", "load", "--quiet", "--input", str(archive)], env=env, timeout=300)
+    say(f"load {archive().name}")
+    call(["docker", "load", "--quiet", "--input", str(archive())], env=env, timeout=300)
     return _image_id(env)
+
+
+def archive() -> Path:
+    """The image as `docker save` writes it."""
+    return cache_directory() / f"image-{image_key()}.tar"
+
+
+def image_key() -> str:
+    """Names everything that is made of the image."""
+    return _key("image")
 
 
 def tag() -> str:
     """The image's name in the test engine; tests use the id, people the name."""
-    return f"orch-test/pretrain-cpu:{_key('image')}"
+    return f"orch-test/pretrain-cpu:{image_key()}"
 
 
 def _image_id(env: Mapping[str, str]) -> str:
@@ -113,7 +128,7 @@ def _lock() -> str:
     return (CONTEXT / "requirements.lock").read_text()
 
 
-def _build(cache: Path, archive: Path, env: Mapping[str, str]) -> None:
+def _build(cache: Path, target: Path, env: Mapping[str, str]) -> None:
     started = time.monotonic()
     base, wheels = _ensure_base(cache), _ensure_wheels(cache)
     say("import the base system and build the image (about a minute)")
@@ -128,10 +143,10 @@ def _build(cache: Path, archive: Path, env: Mapping[str, str]) -> None:
             # The classic builder: a newer client asks for a plugin (buildx) before it uses BuildKit.
             env={**env, "DOCKER_BUILDKIT": "0"},
         )
-    partial = cache / f"tmp-{archive.name}"
+    partial = cache / f"tmp-{target.name}"
     run_long(["docker", "save", "--output", str(partial), tag()], env=env)
-    publish_file(partial, archive)
-    say(f"image of {archive.stat().st_size / 1e9:.2f} GB made in {time.monotonic() - started:.0f} s")
+    publish_file(partial, target)
+    say(f"image of {target.stat().st_size / 1e9:.2f} GB made in {time.monotonic() - started:.0f} s")
 
 
 def _ensure_base(cache: Path) -> Path:

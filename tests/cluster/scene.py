@@ -17,6 +17,7 @@ from tests.cluster.orch import TERMINAL, Orch
 from tests.cluster.programs import TRAIN, said, script_spec
 
 EVERY_STEPS = 40  # of the programs
+ALL_RUNTIMES = ("none", "docker", "podman")
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Scene:
     def submit(self) -> None:
         """Start the run and let it work."""
         container: dict[str, Any] = {"runtime": "none"}
-        if self.runtime == "docker":
-            container = {"runtime": "docker", "image": self.cluster.image}
+        if self.runtime != "none":
+            container = {"runtime": self.runtime, "image": self.cluster.image}
         changes = json.loads(json.dumps(self.stop.spec).replace("{directory}", str(self.orch.directory)))
         spec = script_spec(self.orch, self.stop.program, container=container, **changes)
         self.run = self.orch.submit(spec)["run_id"]

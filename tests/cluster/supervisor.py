@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from tests.cluster import database, engine, image, release, slurm
+from tests.cluster import database, engine, image, podman, release, slurm
 from tests.cluster.service import (
     ClusterError,
     Service,
@@ -63,6 +63,7 @@ class Supervisor:
             "LANG": "C.UTF-8",
             "SLURM_CONF": str(directory / "slurm.conf"),
             "DOCKER_HOST": f"unix://{directory}/docker.sock",
+            **podman.variables(directory),
         }
         for name in ("ORCH_TEST_CACHE", "XDG_CACHE_HOME"):
             if name in os.environ:
@@ -152,6 +153,12 @@ class Supervisor:
         service.start()
 
     def _finish_engine(self) -> None:
+        self._finish_docker()
+        if self.with_image:
+            podman.share_image()
+        podman.configure(self.directory)
+
+    def _finish_docker(self) -> None:
         service = self.services["dockerd"]
         service.wait_ready()
         if not self.with_image:
@@ -168,7 +175,7 @@ class Supervisor:
         """What a client needs; written to cluster.json."""
         env = {"SLURM_CONF": self.env["SLURM_CONF"]}
         if self.docker:
-            env["DOCKER_HOST"] = self.env["DOCKER_HOST"]
+            env |= {name: self.env[name] for name in ("DOCKER_HOST", *podman.variables(self.directory))}
         if self.slurm_release is not None:
             env["PATH"] = self.env["PATH"]
         return {
@@ -216,6 +223,8 @@ class Supervisor:
         if "dockerd" in rest:
             sockets = engine.shim_sockets(descendants(os.getpid()))
             engine.remove_containers(self.env)
+        if (self.directory / "podman").exists():
+            podman.end(self.directory, self.env)
         for name in rest:
             self.services[name].stop(timeout=15)
         end_descendants()

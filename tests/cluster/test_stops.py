@@ -18,7 +18,7 @@ from tests.cluster import processes
 from tests.cluster.handle import Cluster
 from tests.cluster.orch import REPOSITORY, TERMINAL, Orch
 from tests.cluster.programs import COLLECTIVE, CRASHER, EATER, LIGHTNING, said, script_spec
-from tests.cluster.scene import EVERY_STEPS, Scene, Stop, record
+from tests.cluster.scene import ALL_RUNTIMES, EVERY_STEPS, Scene, Stop, record
 
 CAME_BACK = ("preempted", "completed")
 WITHIN_S = 300  # from the stop to the next new step or the final state; the time limit is twice as far away
@@ -267,7 +267,7 @@ TWO_RANKS = {"torchrun": {"nproc_per_node": 2}, "resources": {"mem": "2G", "cpus
 TORCH = {"resources": {"mem": "2G", "time": "00:10:00"}}
 
 STOPS = (
-    Stop("preemption, Slurm's defaults (GraceTime=20)", preempt, CAME_BACK, by_slurm=True),
+    Stop("preemption, Slurm's defaults (GraceTime=20)", preempt, CAME_BACK, by_slurm=True, runtimes=ALL_RUNTIMES),
     Stop(
         "preemption, preempt_send_user_signal with `B:` (ours)",
         preempt,
@@ -316,7 +316,7 @@ STOPS = (
         resume=("--set", "slurm.begin=null"),
         begin_at=0,
     ),
-    Stop("`scancel` while running", scancel, ("cancelled",), state="cancelled", by_slurm=True),
+    Stop("`scancel` while running", scancel, ("cancelled",), state="cancelled", by_slurm=True, runtimes=ALL_RUNTIMES),
     Stop(
         "`scancel` during a save",
         scancel_during_a_save,
@@ -339,11 +339,19 @@ STOPS = (
         "slurmstepd killed",
         kill_slurmstepd,
         ("node_failure", "completed"),
+        runtimes=ALL_RUNTIMES,
         lost=EVERY_STEPS,
         begin_at=EVERY_STEPS + 5,
         by_slurm=True,
     ),
-    Stop("agent killed", kill_agent, ("node_failure", "completed"), lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
+    Stop(
+        "agent killed",
+        kill_agent,
+        ("node_failure", "completed"),
+        lost=EVERY_STEPS,
+        begin_at=EVERY_STEPS + 5,
+        runtimes=ALL_RUNTIMES,
+    ),
     Stop(
         "agent killed while its leash is held open",
         kill_agent_whose_leash_holds,
@@ -353,7 +361,15 @@ STOPS = (
         takeover=True,
         begin_at=EVERY_STEPS + 5,
     ),
-    Stop("PID 1 killed", kill_pid_1, ("failure", "completed"), spec=RETRY, lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
+    Stop(
+        "PID 1 killed",
+        kill_pid_1,
+        ("failure", "completed"),
+        spec=RETRY,
+        lost=EVERY_STEPS,
+        begin_at=EVERY_STEPS + 5,
+        runtimes=ALL_RUNTIMES,
+    ),
     Stop("rank killed", kill_a_rank, ("failure", "completed"), spec=RETRY, lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
     Stop(
         "rank killed during a save",
@@ -415,7 +431,7 @@ STOPS = (
         ("out_of_memory",),
         state="failed",
         words="killed a process at",
-        runtimes=("docker",),
+        runtimes=("docker", "podman"),
         program=EATER,
         spec={"resources": {"mem": "1G", "time": "00:10:00"}},
         resume=("--set", "resources.mem=2G"),
@@ -469,7 +485,7 @@ STOPS = (
     Stop("notice during the export", notice_during_the_export, ("completed",), spec=paused("export")),
     Stop("USR1 twice", usr1_twice, CAME_BACK),
     Stop("USR1, then TERM", usr1_then_term, CAME_BACK),
-    Stop("TERM, then USR1", term_then_usr1, CAME_BACK),
+    Stop("TERM, then USR1", term_then_usr1, CAME_BACK, runtimes=ALL_RUNTIMES),
 )
 
 

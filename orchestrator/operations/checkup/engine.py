@@ -30,13 +30,16 @@ def _version(where: str, facts: EngineFacts) -> Finding:
         return Finding("engine", Level.OK, message, None, Family.CONTAINER)
     message += f"; its store {facts.store} has {size(facts.store_free_bytes)} free"
     if facts.store_free_bytes < _SMALL_STORE_BYTES:
-        return Finding("engine", Level.WARN, message, "docker image prune; images take gigabytes", Family.CONTAINER)
+        return Finding(
+            "engine", Level.WARN, message, "remove images that nobody needs; they take gigabytes", Family.CONTAINER
+        )
     return Finding("engine", Level.OK, message, None, Family.CONTAINER)
 
 
 def _absent(target: Target, error: str) -> Finding:
     if target.contained and target.backend == "local":
-        fix = "start docker, set DOCKER_HOST, or use container.runtime: none"
+        ready = "start docker, set DOCKER_HOST" if target.engine == "docker" else f"install {target.engine}"
+        fix = f"{ready}, or use container.runtime: none"
         return Finding("engine", Level.BAD, error, fix, Family.CONTAINER)
     if target.contained:
         message = f"{error} (this machine; the nodes are what counts)"
@@ -49,7 +52,9 @@ def _image_missing(target: Target) -> Finding:
     message = f"{target.image} is not on this machine"
     if not str(target.image).startswith("sha256:"):
         message += "; a node that does not have it pulls it when the run starts"
-        return Finding("image", Level.WARN, message, "pull it beforehand: docker pull", Family.CONTAINER)
+        return Finding(
+            "image", Level.WARN, message, f"pull it beforehand: {target.engine or 'docker'} pull", Family.CONTAINER
+        )
     message += ", and an image id cannot be pulled"
     level = Level.BAD if target.backend == "local" else Level.WARN
     fix = "push it to a registry and pin repository@sha256:… (orch image lock TAG), or load it on every node"
@@ -84,5 +89,5 @@ def _not_on_node(target: Target, where: str) -> Finding:
     if str(target.image).startswith("sha256:"):
         fix = "load it on every node, or push it to a registry and pin repository@sha256:…"
         return Finding("image", Level.BAD, f"{message}, and an image id cannot be pulled", fix, Family.CONTAINER)
-    fix = "docker pull on the nodes beforehand; no container was started to try mounts"
+    fix = f"{target.engine} pull on the nodes beforehand; no container was started to try mounts"
     return Finding("image", Level.WARN, f"{message}; the first run there pulls it", fix, Family.CONTAINER)

@@ -44,7 +44,12 @@ class Target:
 
     @property
     def contained(self) -> bool:
-        return self.runtime == "docker"
+        return self.engine is not None
+
+    @property
+    def engine(self) -> str | None:
+        """The engine that the run needs; None without a container, or where nothing is known."""
+        return None if self.runtime == "none" else self.runtime
 
 
 def target_of_spec(spec: JobSpec, root: Path, partition: str | None, environ: Mapping[str, str]) -> Target:

@@ -2,10 +2,10 @@
 
 {"disks": [PATH…]}                                   a DiskFacts each
 {"spaces": [PATH…]}                                  [free bytes, mount point] each
-{"engine": {"image": IMAGE | null}}                  EngineFacts
+{"engine": {"runtime": NAME, "image": IMAGE | null}} EngineFacts
 {"store": {"uri": URL, "storage_options": {…}, "fence": "store" | "disk"}}
                                                      StoreFacts
-{"node": {"meeting": DIR, "nonce": TEXT, "engine": BOOL, "image": IMAGE | null}}
+{"node": {"meeting": DIR, "nonce": TEXT, "engine": NAME | null, "image": IMAGE | null}}
                                                      NodeFacts; with engine EngineFacts, from a container if IMAGE
 """
 
@@ -34,7 +34,7 @@ def answer(request: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, 
     if "spaces" in request:
         facts["spaces"] = [list(measure_space(Path(path))) for path in request["spaces"]]
     if "engine" in request:
-        facts["engine"] = asdict(probe_engine(request["engine"]["image"]))
+        facts["engine"] = asdict(probe_engine(request["engine"]["runtime"], request["engine"]["image"]))
     if "store" in request:
         facts["store"] = asdict(probe_store(request["store"]))
     if "node" in request:
@@ -53,11 +53,11 @@ def _on_node(node: Mapping[str, Any], environ: Mapping[str, str]) -> dict[str, A
     try:
         facts: dict[str, Any] = {"node": asdict(probe_node(meeting, node["nonce"], environ, node_dir_error=error))}
         if node["engine"] and image is None:
-            facts["engine"] = asdict(probe_engine(None))
+            facts["engine"] = asdict(probe_engine(node["engine"], None))
         elif node["engine"]:
             # A root that is not here is in the findings already, and there is nothing of it to mount.
             places = ([meeting] if meeting.is_dir() else []) + ([directory.path] if directory else [])
-            facts["engine"] = asdict(probe_container(image, places))
+            facts["engine"] = asdict(probe_container(node["engine"], image, places))
         return facts
     finally:
         if directory is not None:

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
+import tempfile
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from orchestrator.containers.payload import Mount, PayloadRequest
+from orchestrator.containers.payload import Engine, Mount, PayloadRequest, open_engine
 from orchestrator.errors import ContainerError
 
-if TYPE_CHECKING:
-    import docker
-
-_ANSWER_S = 10
 _CONTAINER_S = 60
 _PROGRAM = "import pathlib, sys; [pathlib.Path(place, 'from-container').write_text('x') for place in sys.argv[1:]]"
 
@@ -31,50 +27,28 @@ class EngineFacts:
     container: str | None = None  # "" = it started and wrote as this user; else what went wrong
 
 
-def probe_engine(image: str | None) -> EngineFacts:
+def probe_engine(name: str, image: str | None) -> EngineFacts:
     """Version, store, and whether the image is here. Pulls nothing; raises nothing."""
     try:
-        with contextlib.closing(_connect()) as client:
-            return _ask(client, image)
+        return _ask(open_engine(name), image)
     except ContainerError as error:
         return EngineFacts(error=error.message)
 
 
-def probe_container(image: str, directories: list[Path]) -> EngineFacts:
+def probe_container(name: str, image: str, directories: list[Path]) -> EngineFacts:
     """As `probe_engine`; then let a container write a file into each of the directories (skipped without the image)."""
     try:
-        with contextlib.closing(_connect()) as client:
-            facts = _ask(client, image)
-            return (
-                replace(facts, container=_write_from_inside(client, image, directories)) if facts.image_here else facts
-            )
+        engine = open_engine(name)
+        facts = _ask(engine, image)
+        return replace(facts, container=_write_from_inside(engine, image, directories)) if facts.image_here else facts
     except ContainerError as error:
         return EngineFacts(error=error.message)
 
 
-def _connect() -> docker.DockerClient:
-    from orchestrator.containers.docker import connect
-
-    return connect(timeout_s=_ANSWER_S)
-
-
-def _ask(client: Any, image: str | None) -> EngineFacts:
-    import docker.errors
-    import requests
-
-    try:
-        about = client.info()
-        here = None
-        if image is not None:
-            try:
-                client.images.get(image)
-                here = True
-            except docker.errors.ImageNotFound:
-                here = False
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        return EngineFacts(error=f"the container engine answers with an error: {_words(error)}")
-    store = str(about.get("DockerRootDir", ""))
-    return EngineFacts("", str(about.get("ServerVersion", "")), store, _free_bytes(store), here)
+def _ask(engine: Engine, image: str | None) -> EngineFacts:
+    about = engine.about()
+    here = None if image is None else engine.has_image(image)
+    return EngineFacts("", about.version, about.store, _free_bytes(about.store), here)
 
 
 def _free_bytes(store: str) -> int | None:
@@ -86,32 +60,33 @@ def _free_bytes(store: str) -> int | None:
     return space.f_bavail * space.f_frsize
 
 
-def _write_from_inside(client: Any, image: str, directories: list[Path]) -> str:
+def _write_from_inside(engine: Engine, image: str, directories: list[Path]) -> str:
     """What went wrong, "" if nothing: with the options of a real attempt, so rootless and root_squash show."""
-    import docker.errors
-    import requests
+    with tempfile.TemporaryDirectory(prefix="orch-doctor-") as scratch:
+        return _run_container(engine, image, directories, Path(scratch))
 
-    from orchestrator.containers.docker import container_options
 
+def _run_container(engine: Engine, image: str, directories: list[Path], scratch: Path) -> str:
     places = tuple(str(directory) for directory in directories)
     request = PayloadRequest(
         argv=("python3", "-c", _PROGRAM, *places), cwd="/", run_id="orch-doctor",
         run_dir="", attempt=0, node=os.uname().nodename,
         image=image, mounts=tuple(Mount(place, place) for place in places), mem_bytes=256 * 1024**2, cpus=1,
-        host_network=False, gpus=(), log=Path(os.devnull),
+        host_network=False, gpus=(), scratch=scratch, log=Path(os.devnull),
     )  # fmt: skip
-    container = None
     try:
-        container = client.containers.create(**container_options(request))
-        container.start()
-        code = container.wait(timeout=_CONTAINER_S)["StatusCode"]
-        said = container.logs(tail=5).decode(errors="replace").strip().splitlines()
-    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
-        return _words(error)
-    finally:
-        if container is not None:
-            with contextlib.suppress(docker.errors.DockerException, requests.RequestException):
-                container.remove(force=True)
+        payload = engine.start(request)
+        try:
+            until = time.monotonic() + _CONTAINER_S
+            while (code := payload.poll()) is None and time.monotonic() < until:
+                time.sleep(0.05)
+            said = payload.early_output().strip().splitlines()
+        finally:
+            payload.close()
+    except ContainerError as error:
+        return error.message
+    if code is None:
+        return f"it has not ended after {_CONTAINER_S} s"
     if code != 0:
         return said[-1] if said else f"it ended with exit code {code}"
     return _owner_fault(directories)
@@ -126,7 +101,3 @@ def _owner_fault(directories: list[Path]) -> str:
         if owner != os.getuid():
             return f"what it writes to {directory} belongs to user id {owner}, not to yours ({os.getuid()})"
     return ""
-
-
-def _words(error: BaseException) -> str:
-    return " ".join(str(getattr(error, "explanation", None) or error).split())[:300]

@@ -27,6 +27,7 @@ def request(**changes: Any) -> PayloadRequest:
         "cpus": None,
         "host_network": False,
         "gpus": (),
+        "scratch": Path("/n"),
         "log": Path("/n/log"),
         **changes,
     }

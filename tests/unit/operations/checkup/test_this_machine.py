@@ -177,7 +177,9 @@ def test_the_engine_of_a_node(facts: EngineFacts, image: str, last: tuple[str, s
 
 
 def test_the_probe_answers_whatever_is_missing(tmp_path: Path) -> None:
-    request = json.dumps({"disks": [str(tmp_path)], "spaces": [str(tmp_path)], "engine": {"image": None}})
+    request = json.dumps(
+        {"disks": [str(tmp_path)], "spaces": [str(tmp_path)], "engine": {"runtime": "docker", "image": None}}
+    )
     argv = [sys.executable, "-m", "orchestrator.worker.probe", request]
     environ = {**os.environ, "DOCKER_HOST": "unix:///nonexistent"}
     done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=True, env=environ)
