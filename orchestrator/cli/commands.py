@@ -399,14 +399,31 @@ def resume(
         raise typer.Exit(max(error.exit_code for error in problems.values()))
 
 
-def lock_image(reference: str, as_json: bool) -> None:
-    result = operations.lock_image(reference)
+def lock_image(reference: str, name: str | None, as_json: bool) -> None:
+    named = None if name is None else operations.name_image(reference, name)
+    result = operations.lock_image(reference) if named is None else named.image
     if as_json:
-        out.json_document(result.as_json())
+        out.json_document(result.as_json() if named is None else named.as_json())
         return
     print(result.image)
+    if named is not None:
+        what = "was already so" if named.before == result.image else "is what it stands for now"
+        out.line(f"{named.name} in {named.path}: {what}; write container.image: {named.name}")
     if result.source == "local":
         out.error(
             "warning: this image was never pushed or pulled, so only its id pins it: it must exist on every node",
             "push it to a registry and lock the pushed tag to let nodes pull it",
         )
+
+
+def list_images(as_json: bool) -> None:
+    images = operations.list_images()
+    if as_json:
+        out.json_document([image.as_json() for image in images])
+        return
+    if not images:
+        out.line("no images have names here: orch image lock TAG --name NAME")
+        return
+    width = max(len(image.name) for image in images)
+    for image in images:
+        print(f"{image.name:{width}}  {image.image.image}  (from {image.image.given})")

@@ -265,12 +265,23 @@ def resume(
 @image_app.command()
 def lock(
     reference: Annotated[str, typer.Argument(help="repository:tag")],
+    name: Annotated[
+        str | None, typer.Option("--name", help="Write it into containers/images.lock.json under this name.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Resolve a tag to the digest to write into the spec."""
     from orchestrator.cli import commands
 
-    commands.lock_image(reference, as_json)
+    commands.lock_image(reference, name, as_json)
+
+
+@image_app.command("ls")
+def image_ls(as_json: Json = False) -> None:
+    """The images that have names here, and what they pin."""
+    from orchestrator.cli import commands
+
+    commands.list_images(as_json)
 
 
 Step = Annotated[int | None, typer.Option("--step", min=0, help="Optimizer step of the checkpoint.")]

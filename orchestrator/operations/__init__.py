@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
     from orchestrator.operations.drill import verify_drill
-    from orchestrator.operations.images import lock_image
+    from orchestrator.operations.images import list_images, lock_image, name_image
     from orchestrator.operations.precheck import validate
     from orchestrator.operations.submission import plan_of, submit
     from orchestrator.operations.tail import logs
@@ -41,7 +41,7 @@ _HOMES = {
     ),
     "checkup.examine": ("doctor",),
     "control": ("cancel", "preempt", "resume", "resume_all"),
-    "images": ("lock_image",),
+    "images": ("list_images", "lock_image", "name_image"),
     "tail": ("logs",),
     "describe": ("ps", "status"),
     "drill": ("verify_drill",),
@@ -56,8 +56,10 @@ __all__ = [
     "collect_checkpoints",
     "doctor",
     "list_checkpoints",
+    "list_images",
     "lock_image",
     "logs",
+    "name_image",
     "open_shell",
     "plan_of",
     "preempt",

@@ -1,13 +1,68 @@
-"""`image lock`: a tag becomes the reference that cannot change under a running job."""
+"""`image lock`: a tag becomes the reference that cannot change under a running job, and a name stands for it."""
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import ContainerError
-from orchestrator.operations.results import LockedImage
+from orchestrator.errors import ContainerError, SpecError
+from orchestrator.files import write_atomic
+from orchestrator.operations.results import LockedImage, NamedImage
+from orchestrator.spec.images import LOCK_FILE, NAME, ImageLock, find_lock, image_refusal, read_lock
 
 ENGINE_TIMEOUT_S = 60
+
+
+def name_image(reference: str, name: str, directory: Path | None = None) -> NamedImage:
+    """Lock a tag (a pin is taken as it is), and write it under a name into the lock file at or above `directory`.
+
+    Without such a file one is made there. Raises ContainerError, SpecError.
+    """
+    if not NAME.fullmatch(name):
+        raise SpecError(f"{name!r} is not a name", hint="use lower-case letters and digits, with . _ or - between them")
+    pinned = image_refusal(reference) is None
+    image = LockedImage(reference, reference, "given") if pinned else lock_image(reference)
+    base = Path.cwd() if directory is None else directory
+    path = find_lock(base) or base / LOCK_FILE
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _alone(path.parent):
+            images = dict(read_lock(path).images) if path.exists() else {}
+            before = images.get(name)
+            images[name] = {"image": image.image, "from": reference}
+            write_atomic(path, ImageLock(path, images).render())
+    except BlockingIOError as error:
+        raise SpecError(f"another `orch image lock` is writing {path}", hint="run the same command again") from error
+    except OSError as error:
+        raise SpecError(f"cannot write {path}: {error.strerror or error}") from error
+    return NamedImage(name, image, str(path), None if before is None else str(before["image"]))
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One writer of the lock file at a time; the lock is the directory's, so that it leaves no file to commit."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def list_images(directory: Path | None = None) -> list[NamedImage]:
+    """The names of the nearest lock file at or above `directory`, and what they pin. Raises SpecError."""
+    path = find_lock(Path.cwd() if directory is None else directory)
+    if path is None:
+        return []
+    entries = sorted(read_lock(path).images.items())
+    return [
+        NamedImage(name, LockedImage(str(entry.get("from", "")), str(entry["image"]), "lock"), str(path), None)
+        for name, entry in entries
+    ]
 
 
 def lock_image(reference: str) -> LockedImage:

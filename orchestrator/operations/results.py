@@ -378,10 +378,23 @@ class LockedImage:
 
     given: str
     image: str
-    source: str  # "registry" (pullable anywhere) | "local" (this engine only)
+    source: str  # "registry" (pullable anywhere) | "local" (this engine only) | "given" (a pin) | "lock" (a name's)
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class NamedImage:
+    """A name in a lock file; `before` is what it pinned until now."""
+
+    name: str
+    image: LockedImage
+    path: str
+    before: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        return {"name": self.name, **self.image.as_json(), "path": self.path, "before": self.before}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,19 @@
-"""Which image references a spec accepts: pinned by digest, nothing else."""
+"""Which image references a spec accepts: pinned by digest, or a name that a lock file pins; nothing else."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import SpecError
+
+LOCK_FILE = Path("containers", "images.lock.json")
+_LOCK_VERSION = 1
+NAME = re.compile(r"[a-z0-9]+(?:[._-][a-z0-9]+)*")
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _COMPONENT = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
@@ -38,3 +49,48 @@ def _tag_refusal(image: str) -> str:
         return f'"{image[:80]}" is not an image reference; write repository@sha256:… or sha256:…'
     kind = "is a tag" if ":" in image.rpartition("/")[2] else "has no digest, so it means the tag `latest`"
     return f'"{image}" {kind}, and a tag can change under a running job. Pin it:  orch image lock {image}'
+
+
+# --- names
+
+
+@dataclass(frozen=True)
+class ImageLock:
+    """What names mean: `images.lock.json`, kept beside the code and committed with it."""
+
+    path: Path
+    images: Mapping[str, Mapping[str, Any]]  # name → {"image": the pin, "from": what was locked}
+
+    def pin(self, name: str) -> str | None:
+        """The reference that a name stands for."""
+        entry = self.images.get(name)
+        return None if entry is None else str(entry["image"])
+
+    def render(self) -> bytes:
+        """The file's content: the same names give the same bytes."""
+        document = {"version": _LOCK_VERSION, "images": self.images}
+        return json.dumps(document, indent=2, sort_keys=True).encode() + b"\n"
+
+
+def find_lock(directory: Path) -> Path | None:
+    """The nearest `containers/images.lock.json` at or above a directory."""
+    return next((base / LOCK_FILE for base in (directory, *directory.parents) if (base / LOCK_FILE).is_file()), None)
+
+
+def read_lock(path: Path) -> ImageLock:
+    """Raises SpecError for anything but a lock file whose pins are pins."""
+    hint = "it is written by `orch image lock TAG --name NAME`; take the version that was committed, or lock again"
+    try:
+        document = json.loads(path.read_bytes())
+        version, images = document["version"], document["images"]
+        pins = {name: str(entry["image"]) for name, entry in images.items()}
+    except OSError as error:
+        raise SpecError(f"{path}: {error.strerror}", hint=hint) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SpecError(f"{path} is not a lock file of images", hint=hint) from error
+    if version != _LOCK_VERSION:
+        raise SpecError(f"{path} has version {version}, this orch reads {_LOCK_VERSION}", hint="use a newer orch")
+    for name, pin in pins.items():
+        if reason := image_refusal(pin):
+            raise SpecError(f"{path}: {name}: {reason}", hint=hint)
+    return ImageLock(path, images)

@@ -14,6 +14,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.errors import SpecError
 from orchestrator.paths import url_fault
+from orchestrator.spec.images import NAME, find_lock, read_lock
 from orchestrator.spec.models import ARGUMENT_NAME, ENV_NAME, RESERVED_TOP_KEYS, JobSpec
 from orchestrator.spec.problems import KeyPath, Place, Problem, Refusal, did_you_mean, error_of, kind_of, shown
 from orchestrator.spec.reader import Document, parse_yaml, read_yaml
@@ -21,6 +22,7 @@ from orchestrator.spec.site import SiteProfile, resolve_root
 
 # Below these paths keys are the user's own and may hold dots: `--set job.args.model.depth=3` sets "model.depth".
 _FREE_KEYS: tuple[KeyPath, ...] = (("job", "args"), ("env",), ("slurm", "extra_sbatch"))
+_NO_PIN = "sha256:" + "0" * 64
 _TEXT_SECTIONS: tuple[tuple[str, ...], ...] = (("env",), ("slurm",), ("slurm", "extra_sbatch"))
 
 
@@ -85,11 +87,32 @@ def _build(
     if site is not None:
         _lay_beneath(document, site)
     _as_written(document)
-    problems = _resolve_paths(document, base_dir)
+    problems = _resolve_paths(document, base_dir) + _resolve_image_name(document, base_dir)
     if root or document.value.get("root") is None:
         document.drop(("root",))
         document.value["root"] = str(resolve_root(root, environ, base_dir=base_dir))
     return _validated(document, problems)
+
+
+def _resolve_image_name(document: Document, base_dir: Path) -> list[Problem]:
+    """A name from the nearest lock file becomes what it pins. Without such a file a lone word is an unpinned image."""
+    container = document.value.get("container")
+    name = container.get("image") if isinstance(container, dict) else None
+    if not isinstance(container, dict) or not isinstance(name, str) or not NAME.fullmatch(name):
+        return []
+    path = find_lock(base_dir)
+    if path is None:
+        return []
+    lock = read_lock(path)
+    pin = lock.pin(name)
+    if pin is not None:
+        container["image"] = pin
+        return []
+    container["image"] = _NO_PIN  # one message is enough
+    known = ", ".join(sorted(lock.images)) or "none"
+    close = did_you_mean(name, lock.images)
+    words = f"{shown(name)} is not a name in {path} ({known}).{close} Add it:  orch image lock TAG --name {name}"
+    return [Problem(words, ("container", "image"), document.place(("container", "image")))]
 
 
 def _validated(document: Document, problems: list[Problem]) -> JobSpec:

@@ -248,8 +248,8 @@ class Container(_Section):
     image: SomeText | None = Field(
         None,
         description=(
-            "Pinned by digest: `repository@sha256:…`, or `sha256:…` for an image id of the node. A tag is "
-            "refused; `orch image lock` resolves one."
+            "Pinned by digest: `repository@sha256:…`, `sha256:…` for an image id of the node, or a name from "
+            "`containers/images.lock.json`. A tag is refused; `orch image lock` resolves one."
         ),
     )
     mounts: tuple[Mount, ...] = Field((), description="Host paths seen inside the container.")

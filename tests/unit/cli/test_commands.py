@@ -444,6 +444,19 @@ def test_image_lock_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hint: start docker" in done.stderr.lower()
 
 
+def test_images_have_names(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert "no images have names here" in cli("image", "ls").out
+    pin = "ghcr.io/lab/train@sha256:" + "a" * 64
+    said = cli("image", "lock", pin, "--name", "train")
+    assert said.out.splitlines()[0] == pin
+    assert "write container.image: train" in said.out
+    assert cli("image", "ls").out == f"train  {pin}  (from {pin})\n"
+    (listed,) = cli("image", "ls", "--json").document
+    assert (listed["name"], listed["image"]) == ("train", pin)
+    assert cli("image", "lock", pin, "--name", "train", "--json").document["before"] == pin
+
+
 # --- what never happens: tracebacks, noise
 
 

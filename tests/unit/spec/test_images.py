@@ -1,0 +1,89 @@
+"""Names of images: what the nearest lock file says they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orchestrator.errors import SpecError
+from orchestrator.spec import parse_spec
+from orchestrator.spec.images import LOCK_FILE, ImageLock, find_lock, read_lock
+
+PIN = "ghcr.io/lab/train@sha256:" + "a" * 64
+
+
+def write_lock(directory: Path, **pins: str) -> Path:
+    path = directory / LOCK_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(ImageLock(path, {name: {"image": pin, "from": "x"} for name, pin in pins.items()}).render())
+    return path
+
+
+def spec(image: str, base_dir: Path, runtime: str = "docker") -> Any:
+    container = {"runtime": runtime, "image": image}
+    document = {"name": "x", "job": {"command": ["true"]}, "container": container}
+    return parse_spec(document, base_dir=base_dir, environ={})
+
+
+def test_a_name_is_what_the_nearest_lock_file_pins(tmp_path: Path) -> None:
+    write_lock(tmp_path, train="sha256:" + "b" * 64, other=PIN)
+    deep = tmp_path / "experiments" / "today"
+    deep.mkdir(parents=True)
+    assert spec("other", deep).container.image == PIN
+    write_lock(tmp_path / "experiments", train=PIN)
+    assert spec("train", deep).container.image == PIN
+    assert spec("train", tmp_path).container.image == "sha256:" + "b" * 64
+
+
+def test_the_name_does_not_make_another_run_than_the_pin(tmp_path: Path) -> None:
+    write_lock(tmp_path, train=PIN)
+    assert spec("train", tmp_path) == spec(PIN, tmp_path)
+
+
+def test_an_unknown_name_says_which_there_are(tmp_path: Path) -> None:
+    path = write_lock(tmp_path, train=PIN, eval=PIN)
+    with pytest.raises(SpecError) as caught:
+        spec("trian", tmp_path)
+    (problem,) = caught.value.problems
+    assert problem["field"] == "container.image"
+    for words in ("(eval, train)", "Did you mean `train`?", str(path), "orch image lock TAG --name trian"):
+        assert words in str(problem["message"])
+
+
+def test_a_lone_word_without_a_lock_file_is_an_unpinned_image(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="has no digest"):
+        spec("train", tmp_path)
+
+
+def test_what_looks_like_a_reference_is_no_name(tmp_path: Path) -> None:
+    write_lock(tmp_path, train=PIN)
+    for image in ("train:latest", "lab/train", "Train"):
+        with pytest.raises(SpecError, match=r"orch image lock|not an image reference"):
+            spec(image, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is not a lock file"),
+        ("[]", "is not a lock file"),
+        (json.dumps({"version": 2, "images": {}}), "has version 2"),
+        (json.dumps({"version": 1, "images": {"train": {"image": "train:latest"}}}), "train: .* is a tag"),
+        (json.dumps({"version": 1, "images": {"train": {}}}), "is not a lock file"),
+    ],
+)
+def test_a_lock_file_that_is_none(tmp_path: Path, content: str, words: str) -> None:
+    path = write_lock(tmp_path, train=PIN)
+    path.write_text(content)
+    assert find_lock(tmp_path) == path
+    with pytest.raises(SpecError, match=words) as caught:
+        read_lock(path)
+    assert caught.value.hint
+
+
+def test_a_lock_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="No such file"):
+        read_lock(tmp_path / "gone")
