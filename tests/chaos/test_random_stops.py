@@ -1,4 +1,4 @@
-"""A hundred random stops of random kinds on one local run: it completes, bit-identical to the run nobody touched.
+"""Random stops of random kinds on one local run: it completes, bit-identical to the run nobody touched.
 
 Every failure names the seed: `ORCH_CHAOS_SEED=… pytest …` draws the same stops again (at moments that no seed repeats
 exactly). `ORCH_CHAOS_STOPS` sets how many.
@@ -34,7 +34,7 @@ from tests.polling import poll
 
 pytestmark = pytest.mark.slow
 
-STOPS = int(os.environ.get("ORCH_CHAOS_STOPS", "100"))
+STOPS = int(os.environ.get("ORCH_CHAOS_STOPS", "60"))
 SEED = int(os.environ.get("ORCH_CHAOS_SEED") or secrets.randbits(32))
 AT_THE_END = 5  # of the stops: while the run writes its result and leaves
 EVERY_STEPS, KEEP_LAST = 7, 3

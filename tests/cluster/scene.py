@@ -41,6 +41,7 @@ class Stop:
     resume: tuple[str, ...] = ()  # options of `orch resume`
     begin_at: int = 5  # the step before which nothing happens; 0: the stop does not wait
     takeover: bool = False  # two attempts live at once for a while
+    by_engine: bool = False  # the engine has a say in it: `make test` runs it on every runtime
     by_slurm: bool = False  # Slurm itself decides what comes of it: `make test` repeats it on the other release
 
 

@@ -176,9 +176,9 @@ def test_a_dead_file_system_hangs_nobody(orch: Orch, frozen_disk: Path) -> None:
 
 
 # --- a compute node ---------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("runtime", ["none", "docker"])
+@pytest.mark.parametrize("runtime", ["none", "docker", "podman"])
 def test_a_job_looks_at_a_compute_node(orch: Orch, cluster: Cluster, runtime: str) -> None:
-    container = {"runtime": runtime, **({"image": cluster.image} if runtime == "docker" else {})}
+    container = {"runtime": runtime, **({} if runtime == "none" else {"image": cluster.image})}
     orch.write_spec(script_spec(orch, container=container))
     found = examine(orch, "spec.yaml", "--node", timeout=180)
     node = "\n".join(told(found, "node", "ok"))
@@ -186,7 +186,7 @@ def test_a_job_looks_at_a_compute_node(orch: Orch, cluster: Cluster, runtime: st
         assert words in node
     assert "is the same directory on n" in "\n".join(told(found, "root", "ok"))
     inside = [text for text in told(found, "engine", "ok") if "writes below the root as you" in text]
-    assert len(inside) == (runtime == "docker")
+    assert len(inside) == (runtime != "none")
     assert left_behind(orch) == []
 
 

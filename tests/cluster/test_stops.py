@@ -1,6 +1,7 @@
 """Every way a cluster can stop a job, on the real thing: what the run says of it, what it costs, what is left over.
 
-One row per cause; docs/preemption.md shows what they gave (`make stop-table`).
+One row per cause; docs/preemption.md shows what they gave (`make stop-table`, which runs every row on all its runtimes).
+Otherwise a row whose outcome no engine can change runs without one.
 """
 
 from __future__ import annotations
@@ -267,7 +268,14 @@ TWO_RANKS = {"torchrun": {"nproc_per_node": 2}, "resources": {"mem": "2G", "cpus
 TORCH = {"resources": {"mem": "2G", "time": "00:10:00"}}
 
 STOPS = (
-    Stop("preemption, Slurm's defaults (GraceTime=20)", preempt, CAME_BACK, by_slurm=True, runtimes=ALL_RUNTIMES),
+    Stop(
+        "preemption, Slurm's defaults (GraceTime=20)",
+        preempt,
+        CAME_BACK,
+        by_slurm=True,
+        runtimes=ALL_RUNTIMES,
+        by_engine=True,
+    ),
     Stop(
         "preemption, preempt_send_user_signal with `B:` (ours)",
         preempt,
@@ -289,6 +297,7 @@ STOPS = (
         ("requeued_by_admin", "completed"),  # Slurm 22.05 tells it apart from an administrator's nowhere
         spec=partition("nograce"),
         by_slurm=True,
+        by_engine=True,
     ),
     Stop("preemption, PreemptMode=CANCEL", preempt, CAME_BACK, spec=partition("cancel"), by_slurm=True),
     Stop("preemption, JobRequeue=0", preempt, CAME_BACK, settings=("JobRequeue=0",), by_slurm=True),
@@ -299,6 +308,7 @@ STOPS = (
         ("time_limit", "completed"),
         spec={"resources": {"mem": "500M", "time": "00:02:00"}, "preemption": {"lead_time": "30s"}},
         by_slurm=True,
+        by_engine=True,
     ),
     Stop("`scontrol requeue` by an administrator", requeue_by_admin, ("requeued_by_admin", "completed"), by_slurm=True),
     Stop(
@@ -316,13 +326,22 @@ STOPS = (
         resume=("--set", "slurm.begin=null"),
         begin_at=0,
     ),
-    Stop("`scancel` while running", scancel, ("cancelled",), state="cancelled", by_slurm=True, runtimes=ALL_RUNTIMES),
+    Stop(
+        "`scancel` while running",
+        scancel,
+        ("cancelled",),
+        state="cancelled",
+        by_slurm=True,
+        runtimes=ALL_RUNTIMES,
+        by_engine=True,
+    ),
     Stop(
         "`scancel` during a save",
         scancel_during_a_save,
         ("cancelled",),
         state="cancelled",
         spec=paused("save"),
+        by_engine=True,
     ),
     Stop("`orch cancel`", orch_cancel, ("cancelled",), state="cancelled"),
     Stop(
@@ -334,6 +353,7 @@ STOPS = (
         takeover=True,
         begin_at=EVERY_STEPS + 5,
         by_slurm=True,
+        by_engine=True,
     ),
     Stop(
         "slurmstepd killed",
@@ -343,6 +363,7 @@ STOPS = (
         lost=EVERY_STEPS,
         begin_at=EVERY_STEPS + 5,
         by_slurm=True,
+        by_engine=True,
     ),
     Stop(
         "agent killed",
@@ -351,6 +372,7 @@ STOPS = (
         lost=EVERY_STEPS,
         begin_at=EVERY_STEPS + 5,
         runtimes=ALL_RUNTIMES,
+        by_engine=True,
     ),
     Stop(
         "agent killed while its leash is held open",
@@ -360,6 +382,7 @@ STOPS = (
         lost=EVERY_STEPS,
         takeover=True,
         begin_at=EVERY_STEPS + 5,
+        by_engine=True,
     ),
     Stop(
         "PID 1 killed",
@@ -369,8 +392,17 @@ STOPS = (
         lost=EVERY_STEPS,
         begin_at=EVERY_STEPS + 5,
         runtimes=ALL_RUNTIMES,
+        by_engine=True,
     ),
-    Stop("rank killed", kill_a_rank, ("failure", "completed"), spec=RETRY, lost=EVERY_STEPS, begin_at=EVERY_STEPS + 5),
+    Stop(
+        "rank killed",
+        kill_a_rank,
+        ("failure", "completed"),
+        spec=RETRY,
+        lost=EVERY_STEPS,
+        begin_at=EVERY_STEPS + 5,
+        by_engine=True,
+    ),
     Stop(
         "rank killed during a save",
         kill_a_rank_during_a_save,
@@ -385,6 +417,7 @@ STOPS = (
         runtimes=("docker",),
         lost=EVERY_STEPS,
         begin_at=EVERY_STEPS + 5,
+        by_engine=True,
     ),
     Stop(
         "slurmctld killed while saving, and restarted",
@@ -436,6 +469,7 @@ STOPS = (
         spec={"resources": {"mem": "1G", "time": "00:10:00"}},
         resume=("--set", "resources.mem=2G"),
         lost=EVERY_STEPS,
+        by_engine=True,
     ),
     Stop(
         "a rank hangs in a collective, then a notice",
@@ -444,6 +478,7 @@ STOPS = (
         program=COLLECTIVE,
         spec={**TWO_RANKS, "preemption": {"lead_time": "8s"}},
         lost=EVERY_STEPS,
+        by_engine=True,
     ),
     Stop(
         "a rank hangs in a collective, no notice (watchdog.no_progress=5s)",
@@ -463,7 +498,7 @@ STOPS = (
         spec={"retry": {"failure": 9, "backoff": "2s"}},
         begin_at=0,
     ),
-    Stop("notice before the first step", notice_before_the_first_step, CAME_BACK, begin_at=0),
+    Stop("notice before the first step", notice_before_the_first_step, CAME_BACK, begin_at=0, by_engine=True),
     Stop("notice during the first step", notice_while_paused, CAME_BACK, spec=paused("step"), begin_at=0),
     Stop(
         "notice during the first batch (Lightning)",
@@ -472,6 +507,7 @@ STOPS = (
         program=LIGHTNING,
         spec={**TORCH, **paused("step")},
         begin_at=0,
+        by_engine=True,
     ),
     Stop(
         "notice during a validation (Lightning)",
@@ -485,7 +521,7 @@ STOPS = (
     Stop("notice during the export", notice_during_the_export, ("completed",), spec=paused("export")),
     Stop("USR1 twice", usr1_twice, CAME_BACK),
     Stop("USR1, then TERM", usr1_then_term, CAME_BACK),
-    Stop("TERM, then USR1", term_then_usr1, CAME_BACK, runtimes=ALL_RUNTIMES),
+    Stop("TERM, then USR1", term_then_usr1, CAME_BACK, runtimes=ALL_RUNTIMES, by_engine=True),
 )
 
 
@@ -493,7 +529,7 @@ def rows() -> list[Any]:
     return [
         pytest.param(stop, runtime, id=f"{stop.name} [{runtime}]", marks=marks(stop, runtime))
         for stop in STOPS
-        for runtime in stop.runtimes
+        for runtime in (stop.runtimes if stop.by_engine or "ORCH_STOPS" in os.environ else stop.runtimes[:1])
     ]
 
 
