@@ -1,7 +1,7 @@
 """Every way a cluster can stop a job, on the real thing: what the run says of it, what it costs, what is left over.
 
-One row per cause; docs/preemption.md shows what they gave (`make stop-table`, which runs every row on all its runtimes).
-Otherwise a row whose outcome no engine can change runs without one.
+One row per cause; docs/preemption.md shows what they gave. `make stop-table` runs every row on all its runtimes.
+Elsewhere a row whose outcome no engine can change runs without one.
 """
 
 from __future__ import annotations
