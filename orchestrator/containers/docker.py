@@ -292,6 +292,7 @@ def container_options(request: PayloadRequest) -> dict[str, Any]:
         "mounts": [_mount(mount) for mount in request.mounts],
         "tmpfs": {"/tmp/home": f"mode=0700,uid={uid},gid={gid}"},  # without a passwd entry HOME would be `/`
         "ulimits": [{"name": name, "soft": limit, "hard": limit} for name, limit in request.limits.items()],
+        "devices": [f"{device}:{device}:rwm" for device in request.devices],
         "network_mode": "host" if request.host_network else "bridge",
         "init": False,
         "detach": True,

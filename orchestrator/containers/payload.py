@@ -10,6 +10,7 @@ from typing import Protocol
 
 LABEL_RUN, LABEL_ATTEMPT, LABEL_NODE = "orch.run_id", "orch.attempt", "orch.node"
 LABEL_DIRECTORY = "orch.run_dir"  # the same spec under two roots is two runs of one name
+ENGINES = ("docker", "podman")  # containers outside the step's process tree, with control groups of their own
 SIGKILLED = 137  # exit code of a container whose end nobody has recorded
 
 
@@ -37,6 +38,8 @@ class PayloadRequest:
     mem_bytes: int | None
     cpus: int | None
     host_network: bool
+    verify_image: bool  # read an image file whole: one node of an attempt does
+    devices: tuple[str, ...]  # of InfiniBand
     gpus: tuple[str, ...]  # indices or UUIDs that the scheduler gave to this step
     scratch: Path  # node-local, this attempt's alone: for what a runtime leaves beside a container
     log: Path  # where PID 1's own output goes if it fails before it opens its log
@@ -118,4 +121,8 @@ def open_runtime(name: str) -> Runtime:
         from orchestrator.containers.process import ProcessRuntime
 
         return ProcessRuntime()
+    if name == "apptainer":
+        from orchestrator.containers.apptainer import ApptainerRuntime
+
+        return ApptainerRuntime()
     return open_engine(name)

@@ -326,6 +326,7 @@ def create_arguments(request: PayloadRequest, *, rootless: bool) -> list[str]:
             f"--memory-swap={request.mem_bytes}b",
             f"--shm-size={request.mem_bytes // 2}b",
         ]
+    arguments += [f"--device={device}" for device in request.devices]
     arguments += [f"--device=nvidia.com/gpu={gpu}" for gpu in request.gpus]  # CDI: exactly the ones Slurm gave
     if request.cpus is not None:
         arguments.append(f"--cpus={min(request.cpus, os.cpu_count() or request.cpus)}")

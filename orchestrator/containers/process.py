@@ -1,11 +1,11 @@
-"""Runtime `none`: PID 1 is an ordinary process in a session of its own."""
+"""PID 1 as an ordinary process in a session of its own: runtime `none`, and what other runtimes start that way."""
 
 from __future__ import annotations
 
 import os
 import signal
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from orchestrator.containers.payload import Payload, PayloadRequest
 from orchestrator.errors import ContainerError
@@ -14,9 +14,10 @@ _KILL_WAIT_S = 10
 
 
 class ProcessPayload:
-    """worker/launch as a child process."""
+    """A child process that is worker/launch, or has it within."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, runtime: str, process: subprocess.Popen[bytes]) -> None:
+        self._runtime = runtime
         self._process = process
 
     def poll(self) -> int | None:
@@ -48,8 +49,26 @@ class ProcessPayload:
         return False
 
     def describe(self) -> dict[str, object]:
-        """pid of PID 1."""
-        return {"runtime": "none", "pid": self._process.pid}
+        """pid of the child."""
+        return {"runtime": self._runtime, "pid": self._process.pid}
+
+
+def spawn(runtime: str, argv: Sequence[str], request: PayloadRequest, environ: Mapping[str, str], hint: str) -> Payload:
+    """Start a command whose early output goes to the node's log. Raises ContainerError, with the hint."""
+    try:
+        with request.log.open("ab") as log:
+            process = subprocess.Popen(
+                argv,
+                cwd=request.cwd,
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+    except OSError as error:
+        raise ContainerError(f"cannot start {argv[0]}: {error.strerror or error}", hint=hint) from error
+    return ProcessPayload(runtime, process)
 
 
 class ProcessRuntime:
@@ -62,21 +81,6 @@ class ProcessRuntime:
         return ()
 
     def start(self, request: PayloadRequest) -> Payload:
-        """Start PID 1 as a child; its early output goes to the node's log."""
-        try:
-            with request.log.open("ab") as log:
-                process = subprocess.Popen(
-                    request.argv,
-                    cwd=request.cwd,
-                    env={**os.environ, **request.environ},
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=log,
-                    start_new_session=True,
-                )
-        except OSError as error:
-            raise ContainerError(
-                f"cannot start {request.argv[0]}: {error.strerror or error}",
-                hint="`slurm.python` must name an interpreter that exists on the compute nodes.",
-            ) from error
-        return ProcessPayload(process)
+        """Start PID 1 as a child."""
+        hint = "`slurm.python` must name an interpreter that exists on the compute nodes."
+        return spawn(self.name, request.argv, request, {**os.environ, **request.environ}, hint)

@@ -6,13 +6,15 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from orchestrator.containers.image_file import sha256_of
 from orchestrator.errors import ContainerError, SpecError
 from orchestrator.files import write_atomic
 from orchestrator.operations.results import LockedImage, NamedImage
-from orchestrator.spec.images import LOCK_FILE, NAME, ImageLock, find_lock, image_refusal, read_lock
+from orchestrator.spec.images import LOCK_FILE, NAME, ImageLock, file_pin, find_lock, image_refusal, read_lock
 
 ENGINE_TIMEOUT_S = 60
 
@@ -24,9 +26,12 @@ def name_image(reference: str, name: str, directory: Path | None = None) -> Name
     """
     if not NAME.fullmatch(name):
         raise SpecError(f"{name!r} is not a name", hint="use lower-case letters and digits, with . _ or - between them")
-    pinned = image_refusal(reference) is None
+    pinned = image_refusal(reference) is None and file_pin(reference) is None
     image = LockedImage(reference, reference, "given") if pinned else lock_image(reference)
     base = Path.cwd() if directory is None else directory
+    # Specs in any folder use the name, so a file's path must not depend on one.
+    if (file := file_pin(image.image)) is not None and not Path(file[0]).is_absolute():
+        image = replace(image, image=str(base / image.image))
     path = find_lock(base) or base / LOCK_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +73,11 @@ def list_images(directory: Path | None = None) -> list[NamedImage]:
 def lock_image(reference: str) -> LockedImage:
     """Resolve a tag with the docker engine of this machine: repository digest, else local image id.
 
-    Asks the registry when the image is not here (nothing is pulled). Raises ContainerError.
+    Asks the registry when the image is not here (nothing is pulled). An image file is read and pinned by its hash.
+    Raises ContainerError.
     """
+    if (file := file_pin(reference)) is not None:
+        return _locked_file(*file)
     from orchestrator.containers.docker import connect
 
     client = connect(timeout_s=ENGINE_TIMEOUT_S)
@@ -77,6 +85,20 @@ def lock_image(reference: str) -> LockedImage:
         return _resolve(client, reference)
     finally:
         client.close()
+
+
+def _locked_file(path: str, digest: str | None) -> LockedImage:
+    try:
+        found = f"sha256:{sha256_of(Path(path))}"
+    except OSError as error:
+        raise ContainerError(
+            f"{path}: {error.strerror or error}", hint="name an image file that you may read"
+        ) from error
+    if digest not in (None, found):
+        raise ContainerError(
+            f"{path} is not {digest}: its content is {found}", hint=f"to pin what is there now:  orch image lock {path}"
+        )
+    return LockedImage(path, f"{path}@{found}", "file")
 
 
 def _resolve(client: Any, reference: str) -> LockedImage:

@@ -378,7 +378,8 @@ class LockedImage:
 
     given: str
     image: str
-    source: str  # "registry" (pullable anywhere) | "local" (this engine only) | "given" (a pin) | "lock" (a name's)
+    # "registry" (pullable anywhere) | "local" (this engine only) | "file" | "given" (a pin) | "lock" (a name's)
+    source: str
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -178,10 +178,16 @@ def _check_mounts(spec: JobSpec) -> None:
 
 def _check_engine(spec: JobSpec, environ: Mapping[str, str]) -> None:
     """Here the engine that will run the job can be asked beforehand."""
-    if spec.container.image is not None:
-        from orchestrator.containers.payload import open_engine
+    runtime, image = spec.container.runtime, spec.container.image
+    if image is None:
+        return
+    from orchestrator.containers.image_file import file_of
+    from orchestrator.containers.payload import ENGINES, open_engine
 
-        open_engine(spec.container.runtime, environ).ensure_image(spec.container.image)
+    if runtime in ENGINES:
+        open_engine(runtime, environ).ensure_image(image)
+    else:
+        file_of(image, node="this machine", verify=False)
 
 
 def _free_id(request: Request) -> str:

@@ -25,8 +25,33 @@ _REPOSITORY = re.compile(
 )  # the distribution reference grammar
 
 
+_FILE = re.compile(r"(?P<path>.+\.(?:sif|sqsh|squashfs))(?:@(?P<digest>.*))?", re.DOTALL)
+
+
+def file_pin(image: str) -> tuple[str, str | None] | None:
+    """(path, what is behind the `@`) of an image that is a file; None for any other reference."""
+    found = _FILE.fullmatch(image)
+    return None if found is None else (found["path"], found["digest"])
+
+
+def runtime_refusal(image: str, runtime: str) -> str | None:
+    """Why a runtime cannot run a pinned image, with what it can."""
+    is_file = file_pin(image) is not None
+    if runtime != "apptainer":
+        return f"{runtime} runs no image files; write repository@sha256:…, or use apptainer" if is_file else None
+    if is_file:
+        return None
+    if image.startswith("sha256:"):
+        return f"{image[:19]}… is an id of one engine; apptainer runs an image file: PATH@sha256:… (sha256sum PATH)"
+    made = f"apptainer build NAME.sif docker://{image}"
+    return f"apptainer runs an image file. Make one:  {made}  and pin it:  orch image lock NAME.sif"
+
+
 def image_refusal(image: str) -> str | None:
     """Why an image reference is not a pin, with the command that makes one; None when it is."""
+    file = file_pin(image)
+    if file is not None:
+        return _file_refusal(*file)
     name, at, digest = image.rpartition("@")
     if not at and image.startswith("sha256:"):
         digest = image
@@ -34,6 +59,10 @@ def image_refusal(image: str) -> str | None:
         return _tag_refusal(image)
     elif not _REPOSITORY.fullmatch(name):
         return f'"{name}" is not a repository name (lower case, such as ghcr.io/lab/train)'
+    return _digest_refusal(digest)
+
+
+def _digest_refusal(digest: str) -> str | None:
     algorithm, _, value = digest.partition(":")
     if algorithm != "sha256":
         return f'"{digest}" is not a digest; write sha256: and 64 hexadecimal digits'
@@ -42,6 +71,12 @@ def image_refusal(image: str) -> str | None:
     if _HEX.fullmatch(value.lower()):
         return "a digest is written in lower case"
     return f"a digest is sha256: and 64 hexadecimal digits; here are {len(value)} characters"
+
+
+def _file_refusal(path: str, digest: str | None) -> str | None:
+    if digest is None:
+        return f"the file {path} can change under a running job. Pin its content:  orch image lock {path}"
+    return _digest_refusal(digest)
 
 
 def _tag_refusal(image: str) -> str:

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from orchestrator.errors import SpecError
 from orchestrator.paths import url_fault
-from orchestrator.spec.images import NAME, find_lock, read_lock
+from orchestrator.spec.images import NAME, file_pin, find_lock, read_lock
 from orchestrator.spec.models import ARGUMENT_NAME, ENV_NAME, RESERVED_TOP_KEYS, JobSpec
 from orchestrator.spec.problems import KeyPath, Place, Problem, Refusal, did_you_mean, error_of, kind_of, shown
 from orchestrator.spec.reader import Document, parse_yaml, read_yaml
@@ -273,6 +273,8 @@ def _resolve_paths(document: Document, base_dir: Path) -> list[Problem]:
     mounts = container.get("mounts") if isinstance(container, dict) else None
     for mount in mounts if isinstance(mounts, list) else ():
         _resolve_key(mount, "source", base_dir)
+    if isinstance(container, dict) and isinstance(container.get("image"), str) and file_pin(container["image"]):
+        _resolve_key(container, "image", base_dir)
     after = spec.get("after")
     if isinstance(after, list):  # what holds no `/` is a run id
         spec["after"] = [_absolute(e, base_dir) if isinstance(e, str) and "/" in e else e for e in after]

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from orchestrator.paths import is_object_store, parse_url, url_fault
-from orchestrator.spec.images import image_refusal
+from orchestrator.spec.images import image_refusal, runtime_refusal
 from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
 from orchestrator.spec.sbatch_options import normal_name, owned_by_step, refusal
 from orchestrator.spec.units import Duration, Memory, WallTime
@@ -242,23 +242,27 @@ class Mount(_Section):
 class Container(_Section):
     """Where it runs. `none` is the interpreter that runs `orch`, or `slurm.python`."""
 
-    runtime: Literal["docker", "podman", "none"] = Field(
-        "none", description="`docker` or `podman`, or `none` for no container."
+    runtime: Literal["docker", "podman", "apptainer", "none"] = Field(
+        "none",
+        description="`docker`, `podman`, or `none` for no container; experimental: `apptainer`.",
     )
     image: SomeText | None = Field(
         None,
         description=(
-            "Pinned by digest: `repository@sha256:…`, `sha256:…` for an image id of the node, or a name from "
-            "`containers/images.lock.json`. A tag is refused; `orch image lock` resolves one."
+            "Pinned by digest: `repository@sha256:…`, `sha256:…` for an image id of the node, a file with its hash "
+            "(`PATH.sif@sha256:…`, for apptainer), or a name from `containers/images.lock.json`. A tag is "
+            "refused; `orch image lock` resolves one."
         ),
     )
     mounts: tuple[Mount, ...] = Field((), description="Host paths seen inside the container.")
 
     @field_validator("runtime", mode="before")
     @classmethod
-    def _later_runtimes(cls, value: Any) -> Any:
-        if value in ("apptainer", "singularity", "pyxis", "enroot"):
-            raise ValueError(f"{value} is not in this version; use docker, podman or none")
+    def _other_names(cls, value: Any) -> Any:
+        if value == "singularity":
+            raise ValueError("singularity is called apptainer here")
+        if value in ("pyxis", "enroot"):
+            raise ValueError(f"{value} is not in this version; use docker, podman, apptainer or none")
         return value
 
     @field_validator("image")
@@ -290,9 +294,11 @@ class Container(_Section):
             raise Refusal(
                 (
                     ("image",),
-                    "runtime none uses no image; set container.runtime to docker or podman, or leave image out",
+                    "runtime none uses no image; set container.runtime, or leave image out",
                 )
             )
+        if self.image is not None and (reason := runtime_refusal(self.image, self.runtime)):
+            raise Refusal((("image",), reason))
         if self.runtime == "none" and self.mounts:
             raise Refusal((("mounts",), "runtime none has no mounts: the job sees the node's own files"))
         return self

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestrator.containers.payload import Mount, Payload, PayloadRequest, Runtime
+from orchestrator.containers.payload import ENGINES, Mount, Payload, PayloadRequest, Runtime
 from orchestrator.errors import OrchError, RefusedError, RegistryError
 from orchestrator.files import read_json, write_json
 from orchestrator.identity import rendezvous_port
@@ -260,7 +260,7 @@ class NodeAgent:
             "deadline_file": str(directory.deadline),
             "deadline_slack_s": _DEADLINE_SLACK_S,
             "memory_report": str(directory.memory_report),
-            "contained": self._contained,
+            "contained": orders["container"]["runtime"] in ENGINES,
             "py_spy": str(py_spy()),
             "node": self.place.node,
             "verdict": str(self.paths.verdict(attempt)),
@@ -367,6 +367,8 @@ class NodeAgent:
             mem_bytes=orders["mem_bytes"],
             cpus=orders["cpus_per_task"],
             host_network=self.place.nodes > 1,
+            verify_image=self.place.node == 0,
+            devices=infiniband() if self.place.nodes > 1 else (),
             gpus=step_gpus(orders["gpus_per_node"], self.environ),
             scratch=directory.path,
             log=self.paths.node_log(self.place.attempt, self.place.node),
@@ -380,6 +382,11 @@ def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:
     if wanted == 0:
         return ()
     return tuple(given.split(",")) if given else tuple(str(index) for index in range(wanted))
+
+
+def infiniband() -> tuple[str, ...]:
+    """What nodes talk through where they have it; with the host's network the devices are all that is missing."""
+    return tuple(sorted(str(path) for path in Path("/dev/infiniband").glob("*")))
 
 
 def step_limits() -> dict[str, int]:

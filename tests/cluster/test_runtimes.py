@@ -55,6 +55,8 @@ class Bench:
             "mem_bytes": 512 * 1024**2,
             "cpus": 1,
             "host_network": False,
+            "verify_image": True,
+            "devices": (),
             "gpus": (),
             "scratch": self.scratch,
             "log": self.directory / "log",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.containers.payload import ENGINES
 from orchestrator.paths import is_object_store
 
 if TYPE_CHECKING:
@@ -44,12 +45,12 @@ class Target:
 
     @property
     def contained(self) -> bool:
-        return self.engine is not None
+        return self.runtime not in (None, "none")
 
     @property
     def engine(self) -> str | None:
-        """The engine that the run needs; None without a container, or where nothing is known."""
-        return None if self.runtime == "none" else self.runtime
+        """The engine that the run needs; None where it needs none, or nothing is known."""
+        return self.runtime if self.runtime in ENGINES else None
 
 
 def target_of_spec(spec: JobSpec, root: Path, partition: str | None, environ: Mapping[str, str]) -> Target:

@@ -26,6 +26,8 @@ def request(**changes: Any) -> PayloadRequest:
         "mem_bytes": None,
         "cpus": None,
         "host_network": False,
+        "verify_image": True,
+        "devices": (),
         "gpus": (),
         "scratch": Path("/n"),
         "log": Path("/n/log"),

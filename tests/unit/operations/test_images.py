@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 from pathlib import Path
 
 import pytest
 
-from orchestrator.errors import SpecError
-from orchestrator.operations.images import list_images, name_image
+from orchestrator.errors import ContainerError, SpecError
+from orchestrator.operations.images import list_images, lock_image, name_image
 from orchestrator.spec.images import LOCK_FILE
 
 FIRST, SECOND = (f"ghcr.io/lab/train@sha256:{digit * 64}" for digit in "ab")
@@ -59,3 +60,25 @@ def test_a_place_where_nothing_can_be_written(tmp_path: Path) -> None:
     (tmp_path / "containers").touch()
     with pytest.raises(SpecError, match="cannot write"):
         name_image(FIRST, "train", tmp_path)
+
+
+def test_an_image_file_is_pinned_by_its_content(tmp_path: Path) -> None:
+    path = tmp_path / "train.sif"
+    path.write_bytes(b"squashed")
+    pin = f"{path}@sha256:{hashlib.sha256(b'squashed').hexdigest()}"
+    assert lock_image(str(path)).image == pin
+    assert lock_image(pin).image == pin
+    assert name_image(str(path), "train", tmp_path).image.image == pin
+    path.write_bytes(b"another")
+    for lock in (lambda: lock_image(pin), lambda: name_image(pin, "train", tmp_path)):
+        with pytest.raises(ContainerError, match="its content is sha256:"):
+            lock()
+    with pytest.raises(ContainerError, match="No such file"):
+        lock_image(f"{path}.gone.sif")
+
+
+def test_a_named_file_is_the_same_from_every_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "train.sif").write_bytes(b"squashed")
+    monkeypatch.chdir(tmp_path)
+    named = name_image("train.sif", "train")
+    assert named.image.image.startswith(f"{tmp_path}/train.sif@sha256:")

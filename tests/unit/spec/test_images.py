@@ -1,4 +1,4 @@
-"""Names of images: what the nearest lock file says they are."""
+"""Which images a runtime takes, and names: what the nearest lock file says they are."""
 
 from __future__ import annotations
 
@@ -12,6 +12,43 @@ from orchestrator.errors import SpecError
 from orchestrator.spec import parse_spec
 from orchestrator.spec.images import LOCK_FILE, ImageLock, find_lock, read_lock
 
+RUNTIMES = ("docker", "podman", "apptainer", "none")
+HASH = "0123456789abcdef" * 4
+NOT_A_PIN = "orch image lock"
+IMPORT = "Make one:"
+NO_FILES = "runs no image files"
+NO_IMAGE = "uses no image"
+# What runtimes say of a reference, None where they take it: engines, apptainer. `none` has no image at all.
+FORMS: dict[str, tuple[str | None, str | None]] = {
+    f"ghcr.io/lab/train@sha256:{HASH}": (None, IMPORT),
+    f"train@sha256:{HASH}": (None, IMPORT),
+    f"localhost:5000/a/b:v1.2@sha256:{HASH}": (None, IMPORT),
+    f"[::1]:5000/train@sha256:{HASH}": (None, IMPORT),
+    f"sha256:{HASH}": (None, "is an id"),
+    f"/images/train.sif@sha256:{HASH}": (NO_FILES, None),
+    f"/images/train.sqsh@sha256:{HASH}": (NO_FILES, None),
+    f"/images/a b:c,d.squashfs@sha256:{HASH}": (NO_FILES, None),
+    "ghcr.io/lab/train:v1": (NOT_A_PIN,) * 2,
+    "ghcr.io/lab/train": (NOT_A_PIN,) * 2,
+    "train": (NOT_A_PIN,) * 2,
+    "/images/train.sif": ("orch image lock /images/train.sif",) * 2,
+    f"train@sha256:{HASH.upper()}": ("lower case",) * 2,
+    f"sha256:{HASH.upper()}": ("lower case",) * 2,
+    f"train@sha256:{HASH[:-1]}": ("here are 63 characters",) * 2,
+    f"train@sha256:{HASH}0": ("here are 65 characters",) * 2,
+    f"train@sha512:{HASH}": ("not a digest",) * 2,
+    f"train@{HASH}": ("not a digest",) * 2,
+    "train@": ("not a digest",) * 2,
+    f"@sha256:{HASH}": ("not a repository name",) * 2,
+    f"Lab/Train@sha256:{HASH}": ("not a repository name",) * 2,
+    f"train @sha256:{HASH}": ("not a repository name",) * 2,
+    f"train@sha256:{HASH}\n": ("here are 65 characters",) * 2,
+    f"/images/train.sif@sha256:{HASH[:-1]}": ("here are 63 characters",) * 2,
+    f"/images/train.sif@md5:{HASH}": ("not a digest",) * 2,
+    "--privileged": ("not an image reference",) * 2,
+    "train:v1; rm -rf /": ("not an image reference",) * 2,
+    "docker://train": ("not an image reference",) * 2,
+}
 PIN = "ghcr.io/lab/train@sha256:" + "a" * 64
 
 
@@ -26,6 +63,28 @@ def spec(image: str, base_dir: Path, runtime: str = "docker") -> Any:
     container = {"runtime": runtime, "image": image}
     document = {"name": "x", "job": {"command": ["true"]}, "container": container}
     return parse_spec(document, base_dir=base_dir, environ={})
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("image", FORMS)
+def test_what_a_runtime_says_of_a_reference(tmp_path: Path, image: str, runtime: str) -> None:
+    engine, apptainer = FORMS[image]
+    words = {"apptainer": apptainer, "none": engine or NO_IMAGE}.get(runtime, engine)
+    if runtime == "none" and engine == NO_FILES:
+        words = NO_IMAGE
+    if words is None:
+        assert spec(image, tmp_path, runtime).container.image == image
+        return
+    with pytest.raises(SpecError) as caught:
+        spec(image, tmp_path, runtime)
+    (problem,) = caught.value.problems
+    assert problem["field"] == "container.image"
+    assert words in str(problem["message"])
+
+
+def test_the_path_of_a_file_starts_at_the_spec(tmp_path: Path) -> None:
+    found = spec(f"images/train.sif@sha256:{HASH}", tmp_path, "apptainer").container.image
+    assert found == f"{tmp_path}/images/train.sif@sha256:{HASH}"
 
 
 def test_a_name_is_what_the_nearest_lock_file_pins(tmp_path: Path) -> None:
