@@ -20,6 +20,7 @@ from orchestrator.containers.payload import (
     LABEL_RUN,
     SIGKILLED,
     About,
+    Labelled,
     Mount,
     Payload,
     PayloadRequest,
@@ -217,6 +218,16 @@ class DockerRuntime:
         except requests.RequestException as error:  # docker's APIError is one
             raise ContainerError(f"the container engine answers with an error: {_words(error)}") from error
         return About(str(info.get("ServerVersion", "")), str(info.get("DockerRootDir", "")))
+
+    def labelled(self) -> Sequence[Labelled]:
+        """All containers of runs on this node, whoever's."""
+        import requests
+
+        try:
+            found = self._client.containers.list(all=True, filters={"label": LABEL_RUN}, ignore_removed=True)
+        except requests.RequestException as error:  # docker's APIError is one
+            raise ContainerError(f"the container engine answers with an error: {_words(error)}") from error
+        return [Labelled.of(str(container.id), container.labels) for container in found]
 
     def has_image(self, image: str) -> bool:
         """Whether this node has it. Raises ContainerError."""

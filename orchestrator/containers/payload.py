@@ -77,6 +77,21 @@ class About:
     store: str
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A container of a run, running or not."""
+
+    id: str
+    run_id: str
+    run_dir: str
+    attempt: int
+
+    @classmethod
+    def of(cls, identifier: str, labels: Mapping[str, str]) -> Labelled:
+        """From what an engine says of it."""
+        return cls(identifier, labels[LABEL_RUN], labels.get(LABEL_DIRECTORY, ""), int(labels[LABEL_ATTEMPT]))
+
+
 class Runtime(Protocol):
     """Starts payloads on this node."""
 
@@ -94,6 +109,9 @@ class Engine(Runtime, Protocol):
 
     def about(self) -> About:
         """What there is to say of the engine. Raises ContainerError where none can be used."""
+
+    def labelled(self) -> Sequence[Labelled]:
+        """All containers of runs on this node, whoever's. Raises ContainerError."""
 
     def has_image(self, image: str) -> bool:
         """Whether this node has an image. Raises ContainerError."""

@@ -24,6 +24,7 @@ from orchestrator.containers.payload import (
     LABEL_RUN,
     SIGKILLED,
     About,
+    Labelled,
     Mount,
     Payload,
     PayloadRequest,
@@ -236,6 +237,11 @@ class PodmanRuntime:
         """Version and store of this node's podman."""
         info = json.loads(self._podman.ask("info", "--format=json"))
         return About(f"podman {info['version']['Version']}", str(info["store"]["graphRoot"]))
+
+    def labelled(self) -> Sequence[Labelled]:
+        """All containers of runs on this node that are ours: each user of podman has a store of their own."""
+        found = json.loads(self._podman.ask("ps", "--all", f"--filter=label={LABEL_RUN}", "--format=json") or "[]")
+        return [Labelled.of(str(entry["Id"]), entry["Labels"]) for entry in found]
 
     def has_image(self, image: str) -> bool:
         """Whether this node has it. Raises ContainerError."""

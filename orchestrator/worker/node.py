@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
 import shutil
@@ -118,6 +119,15 @@ def sweep(root: Path) -> list[str]:
                 shutil.rmtree(directory, ignore_errors=True)
                 removed.append(directory.name)
     return removed
+
+
+def attempt_lives(root: Path, run_id: str, attempt: int) -> bool:
+    """Whether an agent of that attempt works below this root."""
+    for directory in root.glob(f"{glob.escape(run_id)}.{attempt}.*"):
+        with _try_lock(directory / _LOCK) as free:
+            if not free:
+                return True
+    return False
 
 
 @contextlib.contextmanager

@@ -52,7 +52,8 @@ def left_behind(orch: Orch) -> list[str]:
     node = Path(f"/dev/shm/orch-{os.getuid()}")
     files += [str(path) for path in node.glob("doctor-*")]
     jobs = orch.cluster.run("squeue", "--noheader", "--format=%j").stdout.split()
-    return files + [job for job in jobs if job.startswith("orch-doctor")] + orch.cluster.containers()
+    containers = orch.cluster.containers() + orch.cluster.podman_containers()
+    return files + [job for job in jobs if job.startswith("orch-doctor")] + containers
 
 
 def test_without_a_spec_it_tells_of_the_default_partition(orch: Orch) -> None:
@@ -188,6 +189,22 @@ def test_a_job_looks_at_a_compute_node(orch: Orch, cluster: Cluster, runtime: st
     inside = [text for text in told(found, "engine", "ok") if "writes below the root as you" in text]
     assert len(inside) == (runtime != "none")
     assert left_behind(orch) == []
+
+
+@pytest.mark.parametrize("runtime", ["docker", "podman"])
+def test_containers_that_nobody_owns_any_more(orch: Orch, cluster: Cluster, runtime: str) -> None:
+    assert cluster.image is not None
+    spec = script_spec(orch, container={"runtime": runtime, "image": cluster.image})
+    run = orch.submit(spec)["run_id"]
+    orch.wait_for_step(run, 1)
+    labels = {"orch.run_id": "gone", "orch.run_dir": str(orch.run_dir(run)), "orch.attempt": "3", "orch.node": "n1"}
+    create = [runtime, "create", *(f"--label={name}={value}" for name, value in labels.items())]
+    left = cluster.run(*create, cluster.image, "true").stdout.strip()
+    found = examine(orch, "spec.yaml", "--node", timeout=180)
+    said = [text for text in told(found, "engine", "warn") if "attempts that have ended" in text]
+    assert len(said) == 2, "the node and this machine have one engine here"
+    for text in said:
+        assert f"still there: {left[:12]} (gone, attempt 3) | " in text, "the living one is not among them"
 
 
 def test_gpus_that_slurm_gives_without_saying_which(orch: Orch) -> None:

@@ -18,6 +18,7 @@ def engine_findings(target: Target, facts: EngineFacts) -> Iterator[Finding]:
         yield _absent(target, facts.error)
         return
     yield _version("", facts)
+    yield from _leftovers("", target, facts)
     if target.image is not None and not facts.image_here:
         yield _image_missing(target)
     elif target.image is not None:
@@ -34,6 +35,15 @@ def _version(where: str, facts: EngineFacts) -> Finding:
             "engine", Level.WARN, message, "remove images that nobody needs; they take gigabytes", Family.CONTAINER
         )
     return Finding("engine", Level.OK, message, None, Family.CONTAINER)
+
+
+def _leftovers(where: str, target: Target, facts: EngineFacts) -> Iterator[Finding]:
+    if facts.leftovers:
+        message = f"{where}containers of attempts that have ended are still there: {', '.join(facts.leftovers)}"
+        fix = (
+            f"the next attempt of the run on that node removes its own; else: {target.engine or 'docker'} rm --force ID"
+        )
+        yield Finding("engine", Level.WARN, message, fix, Family.CONTAINER)
 
 
 def _absent(target: Target, error: str) -> Finding:
@@ -68,6 +78,7 @@ def node_engine_findings(target: Target, facts: EngineFacts, where: str) -> Iter
         yield Finding("engine", Level.BAD, f"{where}{facts.error}", fix, Family.CONTAINER)
         return
     yield _version(where, facts)
+    yield from _leftovers(where, target, facts)
     if target.image is None:
         return
     if not facts.image_here:

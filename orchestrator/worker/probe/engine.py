@@ -10,6 +10,7 @@ from pathlib import Path
 
 from orchestrator.containers.payload import Engine, Mount, PayloadRequest, open_engine
 from orchestrator.errors import ContainerError
+from orchestrator.worker.node import attempt_lives, node_root
 
 _CONTAINER_S = 60
 _PROGRAM = "import pathlib, sys; [pathlib.Path(place, 'from-container').write_text('x') for place in sys.argv[1:]]"
@@ -24,6 +25,7 @@ class EngineFacts:
     store: str = ""
     store_free_bytes: int | None = None
     image_here: bool | None = None
+    leftovers: tuple[str, ...] = ()  # of attempts that have ended
     container: str | None = None  # "" = it started and wrote as this user; else what went wrong
 
 
@@ -48,7 +50,24 @@ def probe_container(name: str, image: str, directories: list[Path]) -> EngineFac
 def _ask(engine: Engine, image: str | None) -> EngineFacts:
     about = engine.about()
     here = None if image is None else engine.has_image(image)
-    return EngineFacts("", about.version, about.store, _free_bytes(about.store), here)
+    return EngineFacts("", about.version, about.store, _free_bytes(about.store), here, _leftovers(engine))
+
+
+def _leftovers(engine: Engine) -> tuple[str, ...]:
+    """Our containers without an agent: one that dies badly leaves its container to the run's next attempt there."""
+    root = node_root(os.environ)
+    return tuple(
+        f"{found.id[:12]} ({found.run_id}, attempt {found.attempt})"
+        for found in engine.labelled()
+        if _is_ours(found.run_dir) and not attempt_lives(root, found.run_id, found.attempt)
+    )
+
+
+def _is_ours(run_dir: str) -> bool:
+    try:
+        return Path(run_dir).stat().st_uid == os.getuid()
+    except OSError:  # removed, or somebody else's
+        return False
 
 
 def _free_bytes(store: str) -> int | None:

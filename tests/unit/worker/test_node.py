@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.worker.node import NodeDirectory, node_root, sweep
+from orchestrator.worker.node import NodeDirectory, attempt_lives, node_root, sweep
 
 
 def test_it_is_private_and_gone_afterwards(tmp_path: Path) -> None:
@@ -85,3 +85,14 @@ def test_what_a_killed_removal_left_is_swept_without_its_lock(tmp_path: Path) ->
     (tmp_path / "orch" / "half-removed" / "config.json").write_text("{}")
     (tmp_path / "orch" / "a-file-of-somebody").write_text("")
     assert sweep(tmp_path / "orch") == ["half-removed"]
+
+
+def test_an_attempt_lives_while_its_agent_holds_its_directory(tmp_path: Path) -> None:
+    root = tmp_path / "orch"
+    directory = NodeDirectory(root, "run.3.n0.77")
+    assert attempt_lives(root, "run", 3)
+    assert not attempt_lives(root, "run", 2)
+    assert not attempt_lives(root, "ru[n]", 3)
+    assert not attempt_lives(tmp_path / "nowhere", "run", 3)
+    directory.close()
+    assert not attempt_lives(root, "run", 3)

@@ -147,6 +147,7 @@ ENGINE = EngineFacts("", "27.1", "/var/lib/docker", 10**12, True)
         (ENGINE, {"runtime": "docker", "image": IMAGE}, ["ok", "ok"]),
         (ENGINE, {"runtime": None}, ["ok"]),
         (replace(ENGINE, store_free_bytes=10**9), {"runtime": None}, ["warn"]),
+        (replace(ENGINE, leftovers=("c0ffee (r-1, attempt 0)",)), {"runtime": None}, ["ok", "warn"]),
         (replace(ENGINE, image_here=False), {"runtime": "docker", "image": PINNED}, ["ok", "warn"]),
         (replace(ENGINE, image_here=False), {"runtime": "docker", "image": IMAGE}, ["ok", "warn"]),
         (replace(ENGINE, image_here=False), {"runtime": "docker", "image": IMAGE, "backend": "local"}, ["ok", "bad"]),
