@@ -36,6 +36,7 @@ _S3 = ("s3://", "s3a://")
 _ONE_TRY = {"retries": {"total_max_attempts": 1}}
 _CHUNK_BYTES = 8 << 20
 _MOST_PARTS = 10_000  # of one S3 object
+_LANES_PER_CORE = 2
 _TRANSIENT = (
     errno.EBUSY,
     errno.EIO,
@@ -137,6 +138,8 @@ class Bucket:
             # Repeating and splitting is done here alone, where the patience is known: botocore and s3fs together would
             # send every request up to 25 times and take minutes over it.
             self._lanes, self._files.max_concurrency, self._files.retries = self._files.max_concurrency, 1, 1
+            # Signatures and checksums take a core: more parts at once than that only get into each other's way.
+            self._lanes = min(self._lanes, _LANES_PER_CORE * len(os.sched_getaffinity(0)))
 
     @property
     def creates_atomically(self) -> bool:
