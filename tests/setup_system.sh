@@ -3,7 +3,7 @@
 # where it cannot (no root, no apt): the tests then skip with the reason, and fail with CI=true.
 set -eu
 
-packages="slurm-wlm slurmdbd munge mariadb-server docker.io runc podman containernetworking-plugins debootstrap iproute2 procps util-linux"
+packages="slurm-wlm slurmdbd munge mariadb-server docker.io runc podman containernetworking-plugins docker-registry debootstrap iproute2 procps util-linux"
 missing=""
 for package in $packages; do
     dpkg-query --show --showformat='${db:Status-Abbrev}' "$package" 2>/dev/null | grep -q '^ii' || missing="$missing $package"

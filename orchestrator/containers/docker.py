@@ -13,6 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from orchestrator.containers.failures import pull_error, start_error
 from orchestrator.containers.payload import (
     LABEL_ATTEMPT,
     LABEL_DIRECTORY,
@@ -206,7 +207,7 @@ class DockerRuntime:
                 _remove(container)
                 raise
         except requests.RequestException as error:  # docker's APIError is one
-            raise _start_error(request, _words(error)) from error
+            raise start_error(self.name, request, _words(error)) from error
         return DockerPayload(self._client, container)
 
     def about(self) -> About:
@@ -259,27 +260,7 @@ class DockerRuntime:
         try:
             self._client.images.pull(image)
         except requests.RequestException as error:
-            raise ContainerError(
-                f"cannot pull {image}: {_words(error)}", hint="Check the name and `docker login` on the node."
-            ) from error
-
-
-def _start_error(request: PayloadRequest, words: str) -> ContainerError:
-    if "could not select device driver" in words:
-        return ContainerError(
-            f"the container engine of node {request.node} cannot pass GPUs on: {words}",
-            hint="Install the NVIDIA container toolkit there, or set `resources.gpus_per_node: 0`.",
-        )
-    if "executable file not found" in words or ("no such file or directory" in words and request.argv[0] in words):
-        return ContainerError(
-            f"image {request.image} has no {request.argv[0]}",
-            hint="Any image works that has python3 (>= 3.9) and torch.",
-        )
-    if "bind source path does not exist" in words:
-        return ContainerError(
-            f"a mount's source is missing on node {request.node}: {words}", hint="Mounts must exist on every node."
-        )
-    return ContainerError(f"the container engine could not start {request.image}: {words}")
+            raise pull_error(self.name, image, _words(error)) from error
 
 
 def container_options(request: PayloadRequest) -> dict[str, Any]:

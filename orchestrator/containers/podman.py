@@ -7,7 +7,6 @@ container running at the first one. Between start and end only the container's f
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import select
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from orchestrator.containers.failures import pull_error, start_error
 from orchestrator.containers.payload import (
     LABEL_ATTEMPT,
     LABEL_DIRECTORY,
@@ -222,12 +222,12 @@ class PodmanRuntime:
         monitored = f"--conmon-pidfile={request.scratch / _PIDFILE}"
         done = self._podman.run("create", monitored, *create_arguments(request, rootless=os.geteuid() != 0))
         if done.returncode != 0:
-            raise start_error(request, words_of(done.stderr))
+            raise start_error(self.name, request, words_of(done.stderr))
         container = done.stdout.split()[-1]
         try:
             done = self._podman.run("start", container, cwd=request.scratch)
             if done.returncode != 0:
-                raise start_error(request, words_of(done.stderr))
+                raise start_error(self.name, request, words_of(done.stderr))
             return PodmanPayload(self._podman, container, request.scratch)
         except BaseException:
             _remove(self._podman, container)
@@ -264,35 +264,7 @@ class PodmanRuntime:
             )
         done = self._podman.run("pull", "--quiet", image, timeout_s=_PULL_S)
         if done.returncode != 0:
-            raise ContainerError(
-                f"cannot pull {image}: {words_of(done.stderr)}",
-                hint="Check the name and `podman login` on the node.",
-            )
-
-
-def start_error(request: PayloadRequest, words: str) -> ContainerError:
-    """What podman, conmon or the OCI runtime said, with what to do."""
-    lower = words.lower()
-    if "executable file" in lower and "not found" in lower:
-        return ContainerError(
-            f"image {request.image} has no {request.argv[0]}",
-            hint="Any image works that has python3 (>= 3.9) and torch.",
-        )
-    if "statfs" in lower and "no such file" in lower:
-        return ContainerError(
-            f"a mount's source is missing on node {request.node}: {words}", hint="Mounts must exist on every node."
-        )
-    if "nvidia.com/gpu" in lower or "unresolvable cdi" in lower:
-        return ContainerError(
-            f"podman of node {request.node} cannot pass GPUs on: {words}",
-            hint="Generate the CDI specification there (nvidia-ctk cdi generate), or set `resources.gpus_per_node: 0`.",
-        )
-    if os.strerror(errno.ENOSPC).lower() in lower:
-        return ContainerError(
-            f"the disk of podman's store on node {request.node} is full: {words}",
-            hint="Free room there: `podman system prune`.",
-        )
-    return ContainerError(f"podman could not start {request.image}: {words}")
+            raise pull_error(self.name, image, words_of(done.stderr))
 
 
 def create_arguments(request: PayloadRequest, *, rootless: bool) -> list[str]:

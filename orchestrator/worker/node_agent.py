@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from orchestrator.containers.failures import OTHER_PROCESSOR, other_processor
 from orchestrator.containers.payload import ENGINES, Mount, Payload, PayloadRequest, Runtime
 from orchestrator.errors import OrchError, RefusedError, RegistryError
 from orchestrator.files import read_json, write_json
@@ -83,6 +84,7 @@ class NodeAgent:
         self._next_peer_look = 0.0
         limit_s = orders["watchdog"]["no_progress_s"]
         self._stall = None if limit_s is None else StallWatch(self.paths, place.attempt, limit_s)
+        self.other_processor = False  # the image is for one that this node does not have
         self.memory: str | None = None  # what is known of a process killed for lack of memory, in words
 
     # --- signals
@@ -228,6 +230,7 @@ class NodeAgent:
 
     def _record_early_death(self, payload: Payload) -> None:
         words = payload.early_output()
+        self.other_processor = OTHER_PROCESSOR in words.lower()
         if words:
             with self.paths.node_log(self.place.attempt, self.place.node).open("a") as log:
                 log.write(words)
@@ -417,6 +420,9 @@ def run_node(agent: NodeAgent) -> int:
         message = f"node {place.node_name}: the program ended with exit code {code}{last_words(paths, place)}"
         if code in (_NOT_EXECUTABLE, _NOT_FOUND):
             reason = ExitReason.LAUNCH_FAILURE.value
+        elif agent.other_processor:
+            reason = ExitReason.LAUNCH_FAILURE.value
+            message = f"node {place.node_name}: {other_processor(agent.orders['container']['image'])}"
         elif agent.memory is not None:
             reason = ExitReason.OUT_OF_MEMORY.value
             message = f"node {place.node_name}: {agent.memory}"

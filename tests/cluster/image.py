@@ -97,6 +97,12 @@ def ensure_image(env: Mapping[str, str]) -> str:
     return _image_id(env)
 
 
+def base_system() -> Path:
+    """Tar file of the Debian below the image: python3 and nothing of ours."""
+    with locked(cache_directory()):
+        return _ensure_base(cache_directory())
+
+
 def archive() -> Path:
     """The image as `docker save` writes it."""
     return cache_directory() / f"image-{image_key()}.tar"

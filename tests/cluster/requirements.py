@@ -9,7 +9,7 @@ from pathlib import Path
 _PATH = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
 _COMMANDS = (
     "slurmctld", "slurmd", "slurmdbd", "srun", "munged", "mariadbd", "mariadb-install-db", "dockerd", "docker", "runc",
-    "podman", "debootstrap", "setpriv", "ip",
+    "podman", "docker-registry", "debootstrap", "setpriv", "ip",
 )  # fmt: skip
 
 

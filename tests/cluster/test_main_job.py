@@ -44,10 +44,10 @@ def main_job(
 ) -> dict[str, Any]:
     container: dict[str, Any] = {"runtime": "none"}
     data = str(digits)
-    if runtime == "docker":
+    if runtime != "none":
         data = "/data/digits"
         mount = {"source": str(digits), "target": data, "read_only": True}
-        container = {"runtime": "docker", "image": cluster.image, "mounts": [mount]}
+        container = {"runtime": runtime, "image": cluster.image, "mounts": [mount]}
     arguments = {
         "data": data, "method": "simclr", "model": "orch/resnet9", "epochs": epochs, "batch_size": BATCH, "seed": 3,
         "num_workers": 1, "log_every_n_steps": 1,
@@ -79,11 +79,22 @@ def assert_no_step_was_lost_or_repeated(orch: Orch, run: str, steps_in_all: int 
 
 
 # Few ranks make many steps while a stop is on its way: the run must outlast three of them.
-@pytest.mark.parametrize(("nodes", "nproc", "epochs"), [(1, 1, 40), (2, 1, 40), (2, 2, EPOCHS)])
-def test_docker_preempted_three_times_equals_the_untouched_run(
-    orch: Orch, cluster: Cluster, digits: Path, workspace: Path, nodes: int, nproc: int, epochs: int
+@pytest.mark.parametrize(
+    ("nodes", "nproc", "epochs", "runtime", "calm_runtime"),
+    [(1, 1, 40, "docker", "docker"), (2, 1, 40, "podman", "docker"), (2, 2, EPOCHS, "docker", "none")],
+)
+def test_preempted_three_times_it_equals_the_untouched_run_on_another_runtime(
+    orch: Orch,
+    cluster: Cluster,
+    digits: Path,
+    workspace: Path,
+    nodes: int,
+    nproc: int,
+    epochs: int,
+    runtime: str,
+    calm_runtime: str,
 ) -> None:
-    spec = main_job(cluster, digits, workspace, nodes=nodes, nproc=nproc, runtime="docker", epochs=epochs)
+    spec = main_job(cluster, digits, workspace, nodes=nodes, nproc=nproc, runtime=runtime, epochs=epochs)
     run = orch.submit(spec)["run_id"]
     for attempt in range(3):
         orch.wait_for_step(run, orch.step(run) + random.randint(3, 12), attempt=attempt)
@@ -101,14 +112,15 @@ def test_docker_preempted_three_times_equals_the_untouched_run(
     for number in range(3):
         verdict = json.loads((orch.run_dir(run) / f"verdict-{number:03d}.json").read_text())
         assert (verdict["outcome"], verdict["reason"]) == ("saved", "preempted")
-    assert cluster.containers() == []
+    assert cluster.containers() == cluster.podman_containers() == []
     assert len(done["progress"]["rank_seconds"]) == nodes * nproc
-    calm = orch.submit({**spec, "root": str(orch.directory / "calm")})
+    spec = main_job(cluster, digits, workspace, nodes=nodes, nproc=nproc, runtime=calm_runtime, epochs=epochs)
+    calm = orch.submit({**spec, "root": str(orch.directory / "calm")})["run_id"]
     calm_orch = Orch(cluster, orch.directory)
     calm_orch.root = orch.directory / "calm"
-    assert calm["run_id"] == run
-    assert calm_orch.wait_for_state(run, "completed", timeout=400)["attempt"] == 0
-    assert_same_run(calm_orch.run_dir(run), orch.run_dir(run))
+    assert (calm == run) == (calm_runtime != "none"), "an engine does not make another run of it, an image does"
+    assert calm_orch.wait_for_state(calm, "completed", timeout=400)["attempt"] == 0
+    assert_same_run(calm_orch.run_dir(calm), orch.run_dir(run))
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

@@ -203,6 +203,19 @@ def test_an_image_without_the_program(engine: Bench) -> None:
     assert engine.containers() == []
 
 
+def test_a_program_for_another_processor(engine: Bench) -> None:
+    program = engine.directory / "program"
+    program.write_bytes(b"\x7fELF\x02\x01\x01" + b"\0" * 57)
+    program.chmod(0o755)
+    try:  # the OCI runtime either refuses to start it, or has already said that it started
+        payload = engine.start("", argv=(str(program),))
+    except ContainerError as error:
+        assert "was built for another processor" in error.message
+    else:
+        assert engine.end_of(payload) != 0
+        assert "exec format error" in payload.early_output()
+
+
 def test_an_image_that_is_not_there(engine: Bench) -> None:
     with pytest.raises(ContainerError, match="a local image id cannot be pulled"):
         engine.start("", image="sha256:" + "0" * 64)

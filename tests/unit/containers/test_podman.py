@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.containers.payload import Mount
-from orchestrator.containers.podman import Podman, PodmanRuntime, create_arguments, exec_command, start_error
+from orchestrator.containers.podman import Podman, PodmanRuntime, create_arguments, exec_command
 from orchestrator.errors import ContainerError
 from tests.unit.containers.test_docker import request
 
@@ -85,20 +85,6 @@ def test_a_shell_enters_as_the_user() -> None:
     assert command[:4] == ["podman", "exec", "--interactive", "--tty"]
     assert f"--user={os.getuid()}:{os.getgid()}" in command
     assert command[-3:] == ["c0ffee", "python3", "x"]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("runc create failed: exec: python3: executable file not found in $PATH", "has no python3"),
-        ("statfs /gone: no such file or directory", "a mount's source is missing on node n7"),
-        ("setting up CDI devices: unresolvable CDI devices nvidia.com/gpu=0", "cannot pass GPUs on"),
-        ("writing blob: no space left on device", "the disk of podman's store on node n7 is full"),
-        ("something else", "podman could not start"),
-    ],
-)
-def test_what_podman_says_becomes_what_to_do(words: str, message: str) -> None:
-    assert message in start_error(request(), words).message
 
 
 def fake(directory: Path, script: str) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -28,8 +29,8 @@ from orchestrator.worker.scheduler import LocalScheduler
 class EndedPayload:
     """A program that has ended, in an engine that fails afterwards."""
 
-    def __init__(self, code: int) -> None:
-        self.code = code
+    def __init__(self, code: int, early: str = "") -> None:
+        self.code, self.early = code, early
 
     def poll(self) -> int | None:
         return self.code
@@ -40,7 +41,7 @@ class EndedPayload:
         raise ContainerError("cannot remove container 0123")
 
     def early_output(self) -> str:
-        return ""
+        return self.early
 
     def out_of_memory(self) -> bool:
         return False
@@ -52,24 +53,24 @@ class EndedPayload:
 class EndedRuntime:
     name = "none"
 
-    def __init__(self, code: int) -> None:
-        self.code = code
+    def __init__(self, code: int, early: str = "") -> None:
+        self.code, self.early = code, early
 
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         return ()
 
     def start(self, request: PayloadRequest) -> Payload:
-        return EndedPayload(self.code)
+        return EndedPayload(self.code, self.early)
 
 
-def make_agent(directory: Path, code: int = 0) -> NodeAgent:
+def make_agent(directory: Path, code: int = 0, early: str = "") -> NodeAgent:
     spec = parse_spec({"name": "run", "backend": "local", "job": {"command": ["true"]}}, base_dir=directory)
     plan = render_plan(spec, run_id="run-1", root=directory, code_hash="c", library_hash="d", python="python3")
     plan.run_dir.mkdir(parents=True)
     environ: dict[str, Any] = {"ORCH_NODE_DIR": str(directory / "node")}
     (directory / "node").mkdir()
     scheduler = LocalScheduler("1.2", RunPaths(plan.run_dir).tombstone)
-    return NodeAgent(plan.agent, Place(0, 0, "n1", 1, "127.0.0.1", None), scheduler, EndedRuntime(code), environ)
+    return NodeAgent(plan.agent, Place(0, 0, "n1", 1, "127.0.0.1", None), scheduler, EndedRuntime(code, early), environ)
 
 
 @pytest.mark.parametrize("code", [0, 75])
@@ -78,6 +79,15 @@ def test_an_engine_that_fails_after_the_end_does_not_change_the_end(tmp_path: Pa
     assert run_node(agent) == code
     actions = [event["message"] for event in read_events(agent.paths) if event["event"] == "action"]
     assert actions == ["cannot remove container 0123"]
+
+
+def test_an_image_for_another_processor_is_no_failure_of_the_program(tmp_path: Path) -> None:
+    agent = make_agent(tmp_path, 1, "exec /usr/bin/python3: exec format error\n")
+    assert run_node(agent) == 1
+    verdict = json.loads(agent.paths.node_verdict(0, 0).read_text())
+    assert verdict["reason"] == "launch_failure"
+    assert "was built for another processor than this node's" in verdict["message"]
+    assert "exec format error" in agent.paths.node_log(0, 0).read_text()
 
 
 def test_a_program_s_last_words_command_no_terminal(tmp_path: Path) -> None:

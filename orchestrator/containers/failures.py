@@ -1,0 +1,56 @@
+"""What an engine says when it cannot do something, as one message with the fix; both engines say much the same."""
+
+from __future__ import annotations
+
+import os
+
+from orchestrator.containers.payload import PayloadRequest
+from orchestrator.errors import ContainerError
+
+OTHER_PROCESSOR = "exec format error"
+_GPU_HINTS = {
+    "docker": "Install the NVIDIA container toolkit there, or set `resources.gpus_per_node: 0`.",
+    "podman": "Generate the CDI specification there (nvidia-ctk cdi generate), or set `resources.gpus_per_node: 0`.",
+}
+
+
+def start_error(engine: str, request: PayloadRequest, words: str) -> ContainerError:
+    """Why a container could not be created or started."""
+    lower = words.lower()
+    if "could not select device driver" in lower or "nvidia.com/gpu" in lower:
+        return ContainerError(f"{engine} of node {request.node} cannot pass GPUs on: {words}", hint=_GPU_HINTS[engine])
+    if "executable file" in lower and "not found" in lower:
+        return ContainerError(
+            f"image {request.image} has no {request.argv[0]}",
+            hint="Any image works that has python3 (>= 3.9) and torch.",
+        )
+    if "bind source path does not exist" in lower or ("statfs" in lower and "no such file" in lower):
+        return ContainerError(
+            f"a mount's source is missing on node {request.node}: {words}", hint="Mounts must exist on every node."
+        )
+    if OTHER_PROCESSOR in lower:
+        return ContainerError(other_processor(request.image or ""), hint="Build it for the processors of the nodes.")
+    return full_store(engine, words) or ContainerError(f"{engine} could not start {request.image}: {words}")
+
+
+def pull_error(engine: str, image: str, words: str) -> ContainerError:
+    """Why an image could not be fetched by this node."""
+    return full_store(engine, words) or ContainerError(
+        f"cannot pull {image} on node {os.uname().nodename}: {words}",
+        hint=f"Check the name, and `{engine} login` and the way to the registry on that node.",
+    )
+
+
+def full_store(engine: str, words: str) -> ContainerError | None:
+    """None unless the engine's disk is full."""
+    if "no space left on device" not in words.lower():
+        return None
+    return ContainerError(
+        f"the disk of {engine}'s store on node {os.uname().nodename} is full: {words}",
+        hint=f"Free room there: `{engine} system prune`.",
+    )
+
+
+def other_processor(image: str) -> str:
+    """In words: what the kernel calls an exec format error."""
+    return f"image {image} was built for another processor than this node's ({os.uname().machine})"
