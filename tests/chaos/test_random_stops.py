@@ -364,6 +364,9 @@ class Driver:
         """Stop the newest attempt in the given way, see it end as it should, and let the run go on."""
         kind = KINDS[stop.kind]
         attempt = self._at(stop)
+        if attempt is None:
+            self.told.append(f"{stop.kind}, {stop.moment.__name__}: too late, the run had completed")
+            return
         began = time.monotonic()
         self.told.append(f"attempt {attempt}: {stop.kind}, {stop.moment.__name__}")
         kind.deliver(self.run, self.chance)
@@ -378,13 +381,18 @@ class Driver:
             f" {time.monotonic() - began:.1f} s"
         )
 
-    def _at(self, stop: Stop) -> int:
-        """The attempt to stop, once it has come to the moment; the next one where a late second notice ended it."""
+    def _at(self, stop: Stop) -> int | None:
+        """The attempt to stop, once it has come to the moment; the next one where a late second notice ended it.
+
+        None where the last stop was drawn for a moment at which its processes had already left.
+        """
         while True:
             attempt = self._begun()
             come = stop.moment(self.run, attempt, self.chance)
             if self._comes(come, attempt, stop):
                 return attempt
+            if stop.moment is finishing and self.run.completed():
+                return None
             assert self._was_signalled(attempt), f"attempt {attempt} ended by itself: {self.run.brief()}"
 
     def _comes(self, come: Callable[[], bool], attempt: int, stop: Stop) -> bool:
