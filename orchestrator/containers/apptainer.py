@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from orchestrator.containers.image_file import file_of
 from orchestrator.containers.payload import Mount, Payload, PayloadRequest
 from orchestrator.containers.process import spawn
+from orchestrator.errors import ContainerError
 
 _INSIDE = "APPTAINERENV_"  # a variable of this prefix is one without it inside, whatever it holds
 
@@ -30,6 +31,11 @@ class ApptainerRuntime:
 
     def start(self, request: PayloadRequest) -> Payload:
         """Start PID 1 in a container as a child."""
+        if request.scratch.is_relative_to("/dev"):
+            raise ContainerError(
+                f"apptainer cannot mount {request.scratch} into a container that has a /dev of its own",
+                hint="Set ORCH_NODE_DIR to a node-local directory outside /dev in `slurm.setup`, such as $TMPDIR.",
+            )
         path = file_of(request.image or "", node=request.node, verify=request.verify_image)
         hint = "Install apptainer on the compute nodes (a module in `slurm.setup`), or use another runtime."
         environ = {**self._environ, **environment(request)}

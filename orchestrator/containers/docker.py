@@ -65,7 +65,7 @@ def _remove(container: Any) -> None:
 
     with contextlib.suppress(docker.errors.NotFound):
         try:
-            container.remove(force=True)
+            container.remove(force=True, v=True)
         except docker.errors.APIError as error:
             if error.status_code != 409:  # 409: its removal is in progress
                 raise
@@ -203,8 +203,11 @@ class DockerRuntime:
             container = self._client.containers.create(**container_options(request))
             try:
                 container.start()
-            except BaseException:  # an answer that came too late included: then it runs
-                _remove(container)
+            except BaseException as error:  # an answer that came too late included: then it runs
+                try:
+                    _remove(container)
+                except requests.RequestException as second:  # must not hide the first
+                    error.add_note(f"and it could not be removed: {_words(second)}")
                 raise
         except requests.RequestException as error:  # docker's APIError is one
             raise start_error(self.name, request, _words(error)) from error
@@ -228,7 +231,8 @@ class DockerRuntime:
             found = self._client.containers.list(all=True, filters={"label": LABEL_RUN}, ignore_removed=True)
         except requests.RequestException as error:  # docker's APIError is one
             raise ContainerError(f"the container engine answers with an error: {_words(error)}") from error
-        return [Labelled.of(str(container.id), container.labels) for container in found]
+        made = [Labelled.of(str(c.id), c.labels, running=c.status == "running") for c in found]
+        return [labelled for labelled in made if labelled is not None]
 
     def has_image(self, image: str) -> bool:
         """Whether this node has it. Raises ContainerError."""

@@ -84,12 +84,18 @@ class Labelled:
     id: str
     run_id: str
     run_dir: str
+    node: str
     attempt: int
+    running: bool
 
     @classmethod
-    def of(cls, identifier: str, labels: Mapping[str, str]) -> Labelled:
-        """From what an engine says of it."""
-        return cls(identifier, labels[LABEL_RUN], labels.get(LABEL_DIRECTORY, ""), int(labels[LABEL_ATTEMPT]))
+    def of(cls, identifier: str, labels: Mapping[str, str], *, running: bool) -> Labelled | None:
+        """From what an engine says of it; None for somebody else's that only looks like one."""
+        try:
+            attempt = int(labels[LABEL_ATTEMPT])
+            return cls(identifier, labels[LABEL_RUN], labels[LABEL_DIRECTORY], labels[LABEL_NODE], attempt, running)
+        except (KeyError, ValueError):
+            return None
 
 
 class Runtime(Protocol):

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import subprocess
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class Podman:
             ) from error
         except (OSError, subprocess.TimeoutExpired) as error:
             raise ContainerError(
-                f"podman {arguments[0]} does not answer on node {os.uname().nodename}: {error}",
+                f"podman {arguments[0]} does not answer on node {os.uname().nodename}: {_cause(error)}",
                 hint="Look at the disk of podman's store: `podman info`.",
             ) from error
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
@@ -86,12 +87,19 @@ class Podman:
         return done.stdout
 
     def state(self, container: str) -> dict[str, Any]:
-        """State of a container as podman knows it; empty where it knows none."""
+        """State of a container as podman knows it; empty where there is none. Raises ContainerError."""
         done = self.run("container", "inspect", "--format={{json .State}}", container)
-        if done.returncode != 0:
+        if done.returncode != 0 and "no such container" in done.stderr.lower():
             return {}
+        if done.returncode != 0:  # a store that is locked is no ended container
+            raise ContainerError(f"podman inspect: {words_of(done.stderr)}")
         found: dict[str, Any] = json.loads(done.stdout)
         return found
+
+
+def _cause(error: Exception) -> str:
+    """Without the whole command line."""
+    return f"nothing within {error.timeout:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
 
 
 @contextlib.contextmanager
@@ -133,9 +141,20 @@ class PodmanPayload:
     def _recorded_code(self) -> int:
         """What conmon has written down once it has ended, and with it the last output; a killed one wrote nothing."""
         _has_ended(self._monitor, _END_RECORDED_S)
-        state = self._podman.state(self.container)  # none: removed from outside
+        state = self._state()  # none: removed from outside
         code = int(state.get("ExitCode", -1)) if state.get("Status") in ("exited", "stopped") else -1
         return code if code >= 0 else SIGKILLED
+
+    def _state(self) -> dict[str, Any]:
+        """Asked again for a while: an exit code is not given up for a question that failed once."""
+        until = time.monotonic() + _END_RECORDED_S
+        while True:
+            try:
+                return self._podman.state(self.container)
+            except ContainerError:
+                if time.monotonic() > until:
+                    raise
+                time.sleep(0.5)
 
     def kill(self) -> None:
         """SIGKILL its first process, with which the kernel ends all others; wait until it is dead."""
@@ -189,7 +208,7 @@ def _has_ended(process: int | None, timeout_s: float) -> bool:
 
 def _remove(podman: Podman, container: str) -> None:
     """End and remove a container; that somebody else has done so is fine."""
-    podman.ask("rm", "--force", "--time=0", "--ignore", container)
+    podman.ask("rm", "--force", "--time=0", "--ignore", "--volumes", container)
 
 
 class PodmanRuntime:
@@ -198,14 +217,21 @@ class PodmanRuntime:
     name = "podman"
 
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
+        if not hasattr(os, "pidfd_open"):
+            raise ContainerError(
+                "this Python was built without pidfd_open(2), by which podman's containers are watched",
+                hint="Use another interpreter for the agents (`slurm.python`), or container.runtime: docker.",
+            )
         self._podman = Podman(environ)
 
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         """Containers of this run, this node and an older attempt: an agent that died badly leaves one behind."""
         try:
-            labels = [f"--filter=label={LABEL_DIRECTORY}={run_dir}", f"--filter=label={LABEL_NODE}={node}"]
-            found = json.loads(self._podman.ask("ps", "--all", *labels, "--format=json") or "[]")
-            old = [entry["Id"] for entry in found if int(entry["Labels"][LABEL_ATTEMPT]) < before_attempt]
+            old = [
+                found.id
+                for found in self.labelled()
+                if (found.run_dir, found.node) == (run_dir, node) and found.attempt < before_attempt
+            ]
             for container in old:
                 _remove(self._podman, container)
         except ContainerError as error:
@@ -220,7 +246,8 @@ class PodmanRuntime:
         self.ensure_image(request.image or "")
         # Of a container that has ended already, podman itself no longer tells conmon's pid.
         monitored = f"--conmon-pidfile={request.scratch / _PIDFILE}"
-        done = self._podman.run("create", monitored, *create_arguments(request, rootless=os.geteuid() != 0))
+        arguments = create_arguments(request, rootless=os.geteuid() != 0)
+        done = self._podman.run("create", monitored, *arguments, timeout_s=_PULL_S)  # rootless: may copy the image
         if done.returncode != 0:
             raise start_error(self.name, request, words_of(done.stderr))
         container = done.stdout.split()[-1]
@@ -229,8 +256,11 @@ class PodmanRuntime:
             if done.returncode != 0:
                 raise start_error(self.name, request, words_of(done.stderr))
             return PodmanPayload(self._podman, container, request.scratch)
-        except BaseException:
-            _remove(self._podman, container)
+        except BaseException as error:
+            try:
+                _remove(self._podman, container)
+            except ContainerError as second:  # must not hide the first
+                error.add_note(f"and it could not be removed: {second.message}")
             raise
 
     def about(self) -> About:
@@ -239,9 +269,10 @@ class PodmanRuntime:
         return About(f"podman {info['version']['Version']}", str(info["store"]["graphRoot"]))
 
     def labelled(self) -> Sequence[Labelled]:
-        """All containers of runs on this node that are ours: each user of podman has a store of their own."""
-        found = json.loads(self._podman.ask("ps", "--all", f"--filter=label={LABEL_RUN}", "--format=json") or "[]")
-        return [Labelled.of(str(entry["Id"]), entry["Labels"]) for entry in found]
+        """See Engine.labelled; of this user's store. Compared here: podman reads a filter's value as CSV."""
+        entries = json.loads(self._podman.ask("ps", "--all", f"--filter=label={LABEL_RUN}", "--format=json") or "[]")
+        found = [Labelled.of(str(e["Id"]), e["Labels"], running=e["State"] == "running") for e in entries]
+        return [labelled for labelled in found if labelled is not None]
 
     def has_image(self, image: str) -> bool:
         """Whether this node has it. Raises ContainerError."""
@@ -279,6 +310,7 @@ def create_arguments(request: PayloadRequest, *, rootless: bool) -> list[str]:
     environment = {**request.environ, "HOME": "/tmp/home", "USER": f"uid{uid}", "LOGNAME": f"uid{uid}"}
     arguments = [
         "--pull=never",
+        "--http-proxy=false",  # else the host's variables are copied into it, with their passwords
         f"--workdir={request.cwd}",
         f"--user={uid}:{gid}",
         f"--network={'host' if request.host_network else 'private' if rootless else 'bridge'}",

@@ -6,7 +6,6 @@ import fcntl
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,11 @@ def name_image(reference: str, name: str, directory: Path | None = None) -> Name
     """
     if not NAME.fullmatch(name):
         raise SpecError(f"{name!r} is not a name", hint="use lower-case letters and digits, with . _ or - between them")
+    base = Path(os.path.abspath(directory or "."))  # noqa: PTH100 - resolve() would leave the folder the user is in
+    # Specs in any folder use the name, so a file's path must not depend on one.
+    reference = str(base / reference) if file_pin(reference) is not None else reference
     pinned = image_refusal(reference) is None and file_pin(reference) is None
     image = LockedImage(reference, reference, "given") if pinned else lock_image(reference)
-    base = Path.cwd() if directory is None else directory
-    # Specs in any folder use the name, so a file's path must not depend on one.
-    if (file := file_pin(image.image)) is not None and not Path(file[0]).is_absolute():
-        image = replace(image, image=str(base / image.image))
     path = find_lock(base) or base / LOCK_FILE
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -135,10 +135,12 @@ class NodeAgent:
     def _put_away(self, payload: Payload, directory: NodeDirectory) -> None:
         """What is left to do afterwards. An engine that fails only now does not change how the program ended."""
         try:
-            if not directory.up.exists():
-                self._record_early_death(payload)
-            self.memory = self._memory_evidence(payload, directory)
-            payload.close()
+            try:
+                if not directory.up.exists():
+                    self._record_early_death(payload)
+                self.memory = self._memory_evidence(payload, directory)
+            finally:
+                payload.close()
         except (OrchError, OSError) as error:
             self.events.append("action", attempt=self.place.attempt, action="not_removed", message=str(error))
 

@@ -37,6 +37,7 @@ def pinned(path: Path) -> str:
 
 def spec(orch: Orch, image: Path, **changes: Any) -> dict[str, Any]:
     setup = [
+        f"export ORCH_NODE_DIR={orch.directory}/node",
         f"export ORCH_STUB_LOG={orch.directory}/calls.jsonl",
         f'export ORCH_STUB_PATH="{Path(sys.executable).parent}:$PATH"',
         f'export PATH="{STUBS}:$PATH"',

@@ -14,6 +14,8 @@ _SMALL_STORE_BYTES = 20 * 10**9
 
 def engine_findings(target: Target, facts: EngineFacts) -> Iterator[Finding]:
     """The engine of this machine. On a cluster the nodes' engines count, which only `--node` asks."""
+    if target.runtime is not None and target.contained and target.engine is None:
+        return  # apptainer has none
     if facts.error:
         yield _absent(target, facts.error)
         return

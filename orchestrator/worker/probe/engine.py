@@ -54,16 +54,18 @@ def _ask(engine: Engine, image: str | None) -> EngineFacts:
 
 
 def _leftovers(engine: Engine) -> tuple[str, ...]:
-    """Our containers without an agent: one that dies badly leaves its container to the run's next attempt there."""
+    """Our ended containers without an agent: one that dies badly leaves its own to the run's next attempt there."""
     root = node_root(os.environ)
     return tuple(
         f"{found.id[:12]} ({found.run_id}, attempt {found.attempt})"
         for found in engine.labelled()
-        if _is_ours(found.run_dir) and not attempt_lives(root, found.run_id, found.attempt)
+        if not found.running and _is_ours(found.run_dir) and not attempt_lives(root, found.run_id, found.attempt)
     )
 
 
 def _is_ours(run_dir: str) -> bool:
+    if not run_dir:  # a doctor's own
+        return False
     try:
         return Path(run_dir).stat().st_uid == os.getuid()
     except OSError:  # removed, or somebody else's
@@ -102,8 +104,8 @@ def _run_container(engine: Engine, image: str, directories: list[Path], scratch:
             said = payload.early_output().strip().splitlines()
         finally:
             payload.close()
-    except ContainerError as error:
-        return error.message
+    except (ContainerError, OSError) as error:
+        return error.message if isinstance(error, ContainerError) else str(error)
     if code is None:
         return f"it has not ended after {_CONTAINER_S} s"
     if code != 0:

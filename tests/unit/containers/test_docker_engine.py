@@ -33,7 +33,7 @@ class Container:
         if self.starting is not None:
             raise self.starting
 
-    def remove(self, *, force: bool) -> None:
+    def remove(self, *, force: bool, v: bool) -> None:
         self.told.append("remove")
         if self.removal is not None:
             raise self.removal

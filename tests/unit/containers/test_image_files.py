@@ -120,3 +120,10 @@ def test_a_node_without_the_program(
     with pytest.raises(ContainerError, match="cannot start apptainer: No such file") as caught:
         runtime.start(request(image=image, cwd="/", log=tmp_path / "log"))
     assert caught.value.hint
+
+
+def test_a_node_directory_below_dev_cannot_be_mounted(runtime: ApptainerRuntime, image: str, tmp_path: Path) -> None:
+    asked = request(image=image, cwd="/", scratch=Path("/dev/shm/orch-0/run"), log=tmp_path / "log")
+    with pytest.raises(ContainerError, match="a /dev of its own") as caught:
+        runtime.start(asked)
+    assert "ORCH_NODE_DIR" in (caught.value.hint or "")

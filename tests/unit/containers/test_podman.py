@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -110,3 +111,49 @@ def test_a_notice_does_not_end_a_command_between_create_and_start(tmp_path: Path
     environ = fake(tmp_path, "kill -TERM $$; kill -USR1 $$; echo done")
     assert Podman(environ).ask("create") == "done\n"
     assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def entry(name: str, state: str, **labels: str) -> dict[str, object]:
+    return {"Id": name, "State": state, "Labels": {f"orch.{key}": value for key, value in labels.items()}}
+
+
+OF_RUN = {"run_id": "r", "run_dir": '/a,"b', "node": "n1"}
+FOUND = [
+    entry("old", "exited", attempt="1", **OF_RUN),
+    entry("new", "running", attempt="2", **OF_RUN),
+    entry("elsewhere", "running", attempt="1", **{**OF_RUN, "node": "n2"}),
+    entry("alien", "running", run_id="x"),
+]
+CONTAINERS = f"""
+case "$1 $2" in
+  "ps --all") echo '{json.dumps(FOUND)}' ;;
+  "rm "*) echo "$@" >>"$0.removed" ;;
+  "container inspect") echo "Error: $(cat "$0.says")" >&2; exit 125 ;;
+esac
+"""
+
+
+def test_leftovers_are_found_whatever_their_directory_is_called(tmp_path: Path) -> None:
+    runtime = PodmanRuntime(fake(tmp_path, CONTAINERS))
+    assert runtime.remove_leftovers('/a,"b', "n1", 2) == ["old"]
+    assert (tmp_path / "podman.removed").read_text() == "rm --force --time=0 --ignore --volumes old\n"
+    assert [found.id for found in runtime.labelled()] == ["old", "new", "elsewhere"]
+
+
+def test_a_question_that_fails_is_no_ended_container(tmp_path: Path) -> None:
+    podman = Podman(fake(tmp_path, CONTAINERS))
+    (tmp_path / "podman.says").write_text("no such container c0ffee")
+    assert podman.state("c0ffee") == {}
+    (tmp_path / "podman.says").write_text("database is locked")
+    with pytest.raises(ContainerError, match="database is locked"):
+        podman.state("c0ffee")
+
+
+def test_a_python_without_pidfds_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "pidfd_open")
+    with pytest.raises(ContainerError, match="pidfd_open"):
+        PodmanRuntime({})
+
+
+def test_passwords_of_the_host_s_proxy_stay_outside() -> None:
+    assert "--http-proxy=false" in arguments()
