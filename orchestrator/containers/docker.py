@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.containers.failures import pull_error, start_error
+from orchestrator.containers.failures import pull_error, require_registry, start_error
 from orchestrator.containers.payload import (
     LABEL_ATTEMPT,
     LABEL_DIRECTORY,
@@ -75,8 +75,7 @@ def _remove(container: Any) -> None:
 class DockerPayload:
     """A container, watched by a thread so that `poll` never blocks on the engine."""
 
-    def __init__(self, client: docker.DockerClient, container: Any) -> None:
-        self._client = client
+    def __init__(self, container: Any) -> None:
         self._container = container
         self._code: int | None = None
         self._lost: ContainerError | None = None
@@ -211,7 +210,7 @@ class DockerRuntime:
                 raise
         except requests.RequestException as error:  # docker's APIError is one
             raise start_error(self.name, request, _words(error)) from error
-        return DockerPayload(self._client, container)
+        return DockerPayload(container)
 
     def about(self) -> About:
         """Version and store of the engine."""
@@ -256,11 +255,7 @@ class DockerRuntime:
 
         if self.has_image(image):
             return
-        if image.startswith("sha256:"):
-            raise ContainerError(
-                f"image {image} is not on node {os.uname().nodename}, and a local image id cannot be pulled",
-                hint="Push it to a registry and pin `repository@sha256:…`, or load it on every node.",
-            )
+        require_registry(image)
         try:
             self._client.images.pull(image)
         except requests.RequestException as error:

@@ -41,6 +41,15 @@ def pull_error(engine: str, image: str, words: str) -> ContainerError:
     )
 
 
+def require_registry(image: str) -> None:
+    """Raises ContainerError for an image that no registry has: the id of one engine."""
+    if image.startswith("sha256:"):
+        raise ContainerError(
+            f"image {image} is not on node {os.uname().nodename}, and a local image id cannot be pulled",
+            hint="Push it to a registry and pin `repository@sha256:…`, or load it on every node.",
+        )
+
+
 def full_store(engine: str, words: str) -> ContainerError | None:
     """None unless the engine's disk is full."""
     if "no space left on device" not in words.lower():

@@ -51,7 +51,7 @@ class Payload(Protocol):
     """A started PID 1."""
 
     def poll(self) -> int | None:
-        """Exit code once it has ended, else None. Never blocks; raises ContainerError when the engine is lost."""
+        """Exit code once it has ended, else None. Does not block while it runs; ContainerError: the engine is lost."""
 
     def kill(self) -> None:
         """End it and everything in it; returns once it is known dead or raises ContainerError."""
@@ -117,7 +117,7 @@ class Engine(Runtime, Protocol):
         """What there is to say of the engine. Raises ContainerError where none can be used."""
 
     def labelled(self) -> Sequence[Labelled]:
-        """All containers of runs on this node, whoever's. Raises ContainerError."""
+        """All containers of runs in the engine's store on this node. Raises ContainerError."""
 
     def has_image(self, image: str) -> bool:
         """Whether this node has an image. Raises ContainerError."""

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.containers.failures import pull_error, start_error
+from orchestrator.containers.failures import pull_error, require_registry, start_error
 from orchestrator.containers.payload import (
     LABEL_ATTEMPT,
     LABEL_DIRECTORY,
@@ -288,11 +288,7 @@ class PodmanRuntime:
         """Pull a digest-pinned image that this node does not have yet."""
         if self.has_image(image):
             return
-        if image.startswith("sha256:"):
-            raise ContainerError(
-                f"image {image} is not on node {os.uname().nodename}, and a local image id cannot be pulled",
-                hint="Push it to a registry and pin `repository@sha256:…`, or load it on every node.",
-            )
+        require_registry(image)
         done = self._podman.run("pull", "--quiet", image, timeout_s=_PULL_S)
         if done.returncode != 0:
             raise pull_error(self.name, image, words_of(done.stderr))
