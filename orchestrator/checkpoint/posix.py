@@ -23,7 +23,7 @@ from orchestrator.checkpoint.stream import HashingWriter
 from orchestrator.errors import CheckpointError
 from orchestrator.files import fsync_dir, open_atomic, write_atomic
 
-_CHUNK_BYTES = 256 << 10
+_CHUNK_BYTES = 1 << 20  # small enough for the processor's cache to hold it while it is hashed
 _ALIGNMENT = 4096  # of what is written past the page cache
 _WRITEBACK_BYTES = 16 << 20
 _VANISHING = (errno.ENOENT, errno.ESTALE)  # what an NFS client answers for a moment after a rename on another machine
@@ -305,7 +305,7 @@ def _mismatch(path: Path, entry: FileEntry, reading: Reading | None = None, copy
         if size != entry.size:
             return f"{entry.name} has {size} bytes, its manifest says {entry.size}"
         digest = hashlib.sha256()
-        buffer = memoryview(bytearray(_CHUNK_BYTES))  # small: the processor's cache holds it while it is hashed
+        buffer = memoryview(bytearray(_CHUNK_BYTES))
         while count := handle.readinto(buffer):
             digest.update(buffer[:count])
             if copy is not None:

@@ -15,7 +15,7 @@ import socket
 import sys
 import tempfile
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -245,24 +245,28 @@ def engine_processes(roots: list[int]) -> list[int]:
     return found
 
 
-def serve(supervisor: Supervisor, *, leash: bool) -> None:
+def listen(path: Path) -> socket.socket:
+    """Where clients ask; before anybody is told of it."""
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def serve(supervisor: Supervisor, listener: socket.socket, *, leash: bool) -> None:
     """Answer requests until SIGTERM or SIGINT, or (with `leash`) until standard input closes."""
     stop_read, stop_write = os.pipe()
     os.set_blocking(stop_write, False)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: os.write(stop_write, b"."))
-    with ExitStack() as stack:
-        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
-        listener.bind(str(supervisor.directory / "control"))
-        listener.listen()
-        watched: list[Any] = [listener, stop_read, *([sys.stdin] if leash else [])]
-        while True:
-            ready, _, _ = select.select(watched, [], [], 0.3)
-            if stop_read in ready or (sys.stdin in ready and not os.read(sys.stdin.fileno(), 1024)):
-                return
-            if listener in ready:
-                _serve_one(supervisor, listener)
-            reap(s.process.pid for s in supervisor.services.values() if s.process is not None)
+    watched: list[Any] = [listener, stop_read, *([sys.stdin] if leash else [])]
+    while True:
+        ready, _, _ = select.select(watched, [], [], 0.3)
+        if stop_read in ready or (sys.stdin in ready and not os.read(sys.stdin.fileno(), 1024)):
+            return
+        if listener in ready:
+            _serve_one(supervisor, listener)
+        reap(s.process.pid for s in supervisor.services.values() if s.process is not None)
 
 
 def _serve_one(supervisor: Supervisor, listener: socket.socket) -> None:
@@ -303,9 +307,10 @@ def main() -> int:
     try:
         supervisor.start()
         description = {**supervisor.describe(), "seconds": round(time.monotonic() - started, 1)}
-        (supervisor.directory / "cluster.json").write_text(json.dumps(description))
-        print(json.dumps(description), flush=True)
-        serve(supervisor, leash=options.leash)
+        with listen(supervisor.directory / "control") as listener:
+            (supervisor.directory / "cluster.json").write_text(json.dumps(description))
+            print(json.dumps(description), flush=True)
+            serve(supervisor, listener, leash=options.leash)
     except ClusterError as error:
         print(json.dumps({"error": str(error)}), flush=True)
         return 1
