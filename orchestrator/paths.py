@@ -57,6 +57,15 @@ class RootPaths:
     def sweeps(self) -> Path:
         return self.root / "sweeps"
 
+    @property
+    def caches(self) -> Path:
+        """Where downloads of programs go, unless the spec or the site profile names another place."""
+        return self.root / "caches"
+
+    def images(self, caches: str | None) -> Path:
+        """Imported image files, in the site profile's `caches` where it names any."""
+        return (self.caches if caches is None else Path(caches)) / "images"
+
     def snapshot(self, code_hash: str) -> Path:
         return self.code / code_hash
 
@@ -69,6 +78,10 @@ class RunPaths:
     """Layout of one run directory. Each file has one owner; see PROTOCOLS 2."""
 
     run_dir: Path
+
+    @property
+    def root(self) -> RootPaths:
+        return RootPaths(self.run_dir.parents[1])
 
     # --- written by `orch submit`
     @property

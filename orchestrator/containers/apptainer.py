@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from orchestrator.containers.image_file import file_of
+from orchestrator.containers.image_cache import image_path
 from orchestrator.containers.payload import Mount, Payload, PayloadRequest
 from orchestrator.containers.process import spawn
 from orchestrator.errors import ContainerError
@@ -36,7 +36,7 @@ class ApptainerRuntime:
                 f"apptainer cannot mount {request.scratch} into a container that has a /dev of its own",
                 hint="Set ORCH_NODE_DIR to a node-local directory outside /dev in `slurm.setup`, such as $TMPDIR.",
             )
-        path = file_of(request.image or "", node=request.node, verify=request.verify_image)
+        path = image_path(request, self.name, self._environ)
         hint = "Install apptainer on the compute nodes (a module in `slurm.setup`), or use another runtime."
         environ = {**self._environ, **environment(request)}
         return spawn(self.name, exec_command(request, str(path)), request, environ, hint)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orchestrator.containers.failures import pull_error, require_registry, start_error
+from orchestrator.containers.failures import pull_error, require_registry, retried, start_error
 from orchestrator.containers.payload import (
     LABEL_ATTEMPT,
     LABEL_DIRECTORY,
@@ -25,6 +25,7 @@ from orchestrator.containers.payload import (
     Mount,
     Payload,
     PayloadRequest,
+    PullReport,
 )
 from orchestrator.errors import ContainerError
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _API_TIMEOUT_S = 20
 _ENGINE_LOST_S = 60  # an engine that restarts is back well within this; containers run on meanwhile (FACTS 4)
 _KILL_WAIT_S = 20
+_PULL_S = 1800
 
 
 def connect(environ: Mapping[str, str] = os.environ, *, timeout_s: int = _API_TIMEOUT_S) -> docker.DockerClient:
@@ -249,17 +251,68 @@ class DockerRuntime:
             ) from error
         return True
 
-    def ensure_image(self, image: str) -> None:
+    def ensure_image(self, image: str, report: PullReport | None = None) -> None:
         """Pull a digest-pinned image that this node does not have yet."""
-        import requests
-
         if self.has_image(image):
             return
         require_registry(image)
+        self._pull(image, report)
+
+    @retried
+    def _pull(self, image: str, report: PullReport | None) -> None:
+        """In a thread: the SDK waits for the engine's next word without a limit."""
+        failed: list[str] = []
+        pulling = threading.Thread(
+            target=self._read_pull, args=(image, report, failed), name="docker-pull", daemon=True
+        )
+        pulling.start()
+        pulling.join(_PULL_S)
+        if pulling.is_alive():
+            failed.append(f"it has not come within {_PULL_S} s")
+        if failed:
+            raise pull_error(self.name, image, failed[0])
+        if not self.has_image(image):
+            raise pull_error(self.name, image, "the engine says that it is done, and does not have it")
+
+    def _read_pull(self, image: str, report: PullReport | None, failed: list[str]) -> None:
+        """What goes wrong once the answer has begun comes as a line of it, which the SDK's own `pull` drops."""
+        import docker.errors
+        import requests
+
+        layers = Layers()
         try:
-            self._client.images.pull(image)
-        except requests.RequestException as error:
-            raise pull_error(self.name, image, _words(error)) from error
+            for line in self._client.api.pull(image, stream=True, decode=True):
+                if "error" in line:
+                    failed.append(str(line["error"]))
+                    return
+                if report is not None and (more := layers.more(line)):
+                    report(more, layers.total)
+        except (requests.RequestException, docker.errors.DockerException, ValueError) as error:
+            failed.append(_words(error))
+
+
+class Layers:
+    """How much of an image's layers has come, from the lines of a pull."""
+
+    def __init__(self) -> None:
+        self._of: dict[str, tuple[int, int]] = {}
+        self._told = 0
+
+    @property
+    def total(self) -> int:
+        """Bytes of the layers that have begun."""
+        return sum(total for _, total in self._of.values())
+
+    def more(self, line: Mapping[str, Any]) -> int:
+        """Bytes that have come since the line before."""
+        detail = line.get("progressDetail") or {}
+        if line.get("status") == "Downloading" and detail.get("total"):
+            self._of[str(line.get("id"))] = (int(detail.get("current", 0)), int(detail["total"]))
+        elif line.get("status") == "Download complete" and (known := self._of.get(str(line.get("id")))):
+            self._of[str(line.get("id"))] = (known[1], known[1])
+        come = sum(current for current, _ in self._of.values())
+        more, self._told = come - self._told, max(come, self._told)
+        return max(0, more)
 
 
 def container_options(request: PayloadRequest) -> dict[str, Any]:
@@ -299,6 +352,8 @@ def container_options(request: PayloadRequest) -> dict[str, Any]:
         options["device_requests"] = [
             {"Driver": "", "Count": 0, "DeviceIDs": list(request.gpus), "Capabilities": [["gpu"]], "Options": {}}
         ]
+    if request.cpuset:
+        options["cpuset_cpus"] = request.cpuset
     if request.cpus is not None:
         options["nano_cpus"] = min(request.cpus, os.cpu_count() or request.cpus) * 10**9
     return options

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+
+import tenacity
 
 from orchestrator.containers.payload import PayloadRequest
 from orchestrator.errors import ContainerError
@@ -39,6 +42,27 @@ def pull_error(engine: str, image: str, words: str) -> ContainerError:
         f"cannot pull {image} on node {os.uname().nodename}: {words}",
         hint=f"Check the name, and `{engine} login` and the way to the registry on that node.",
     )
+
+
+# What a registry, or the way to it, says when the next try may well succeed.
+_PASSING = re.compile(
+    r"timed out|timeout|connection (reset|refused)|temporary failure|too many requests|tls handshake|unexpected eof"
+    r"|server error|service unavailable|bad gateway|\b(429|50[0234])\b",
+    re.IGNORECASE,
+)
+
+
+def _passes(error: BaseException) -> bool:
+    return isinstance(error, ContainerError) and _PASSING.search(error.message) is not None
+
+
+retried = tenacity.retry(
+    retry=tenacity.retry_if_exception(_passes),
+    stop=tenacity.stop_after_attempt(4),
+    wait=tenacity.wait_exponential_jitter(initial=1, max=15),
+    reraise=True,
+)
+"""Decorates what fetches from a registry: a failure that may pass is tried again, for half a minute at most."""
 
 
 def require_registry(image: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +11,8 @@ from typing import Protocol
 LABEL_RUN, LABEL_ATTEMPT, LABEL_NODE = "orch.run_id", "orch.attempt", "orch.node"
 LABEL_DIRECTORY = "orch.run_dir"  # the same spec under two roots is two runs of one name
 ENGINES = ("docker", "podman")  # containers outside the step's process tree, with control groups of their own
+PullReport = Callable[[int, int], None]
+"""Told how many bytes more have come, and of how many in all as far as is known."""
 SIGKILLED = 137  # exit code of a container whose end nobody has recorded
 
 
@@ -37,8 +39,10 @@ class PayloadRequest:
     mounts: tuple[Mount, ...]
     mem_bytes: int | None
     cpus: int | None
+    cpuset: str  # the only ones to run on, as cpuset(7) lists them; "" = all of the machine
     host_network: bool
     verify_image: bool  # read an image file whole: one node of an attempt does
+    images: Path  # where image files are that were imported from a registry, on the shared disk
     devices: tuple[str, ...]  # of InfiniBand
     gpus: tuple[str, ...]  # indices or UUIDs that the scheduler gave to this step
     scratch: Path  # node-local, this attempt's alone: for what a runtime leaves beside a container
@@ -122,7 +126,7 @@ class Engine(Runtime, Protocol):
     def has_image(self, image: str) -> bool:
         """Whether this node has an image. Raises ContainerError."""
 
-    def ensure_image(self, image: str) -> None:
+    def ensure_image(self, image: str, report: PullReport | None = None) -> None:
         """Fetch an image that this node does not have yet. Raises ContainerError."""
 
 
@@ -149,4 +153,8 @@ def open_runtime(name: str) -> Runtime:
         from orchestrator.containers.apptainer import ApptainerRuntime
 
         return ApptainerRuntime()
+    if name == "pyxis":
+        from orchestrator.containers.pyxis import PyxisRuntime
+
+        return PyxisRuntime()
     return open_engine(name)

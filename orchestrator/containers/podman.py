@@ -13,11 +13,11 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.containers.failures import pull_error, require_registry, start_error
+from orchestrator.containers.failures import pull_error, require_registry, retried, start_error
 from orchestrator.containers.payload import (
     LABEL_ATTEMPT,
     LABEL_DIRECTORY,
@@ -29,7 +29,9 @@ from orchestrator.containers.payload import (
     Mount,
     Payload,
     PayloadRequest,
+    PullReport,
 )
+from orchestrator.containers.process import run_client, words_of
 from orchestrator.errors import ContainerError
 
 _COMMAND_S = 60
@@ -37,7 +39,6 @@ _PULL_S = 1800
 _END_RECORDED_S = 20.0  # from the death of the first process until conmon has written it down
 _KILL_WAIT_S = 20.0
 _PIDFILE = "conmon.pid"
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class Podman:
@@ -50,34 +51,9 @@ class Podman:
         self, *arguments: str, cwd: Path | None = None, timeout_s: float = _COMMAND_S
     ) -> subprocess.CompletedProcess[str]:
         """Its result, whatever the exit code. Raises ContainerError where it cannot be run, or does not answer."""
-        try:
-            with _stop_signals_held():
-                process = subprocess.Popen(
-                    ["podman", *arguments],
-                    cwd=cwd,
-                    env=self._environ,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                    errors="replace",
-                )
-            with process:
-                try:
-                    output, errors = process.communicate(timeout=timeout_s)
-                finally:
-                    process.kill()
-        except FileNotFoundError as error:
-            raise ContainerError(
-                f"node {os.uname().nodename} has no podman",
-                hint="Install podman there, or set `container.runtime` to docker or none.",
-            ) from error
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ContainerError(
-                f"podman {arguments[0]} does not answer on node {os.uname().nodename}: {_cause(error)}",
-                hint="Look at the disk of podman's store: `podman info`.",
-            ) from error
-        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+        hint = "Look at the disk of podman's store: `podman info`."
+        argv = ["podman", *arguments]
+        return run_client(argv, environ=self._environ, timeout_s=timeout_s, hint=hint, cwd=cwd)
 
     def ask(self, *arguments: str, timeout_s: float = _COMMAND_S) -> str:
         """What a command that must succeed says. Raises ContainerError."""
@@ -95,30 +71,6 @@ class Podman:
             raise ContainerError(f"podman inspect: {words_of(done.stderr)}")
         found: dict[str, Any] = json.loads(done.stdout)
         return found
-
-
-def _cause(error: Exception) -> str:
-    """Without the whole command line."""
-    return f"nothing within {error.timeout:g} s" if isinstance(error, subprocess.TimeoutExpired) else str(error)
-
-
-@contextlib.contextmanager
-def _stop_signals_held() -> Iterator[None]:
-    """A notice hits the commands of the step, too: one that dies of it between create and start leaves a container.
-
-    The mask is what a Go program keeps (os/signal); PID 1 takes it off again (worker/launch).
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def words_of(stderr: str) -> str:
-    """The last error of the client in one line."""
-    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    return " ".join(lines[-3:]).removeprefix("Error: ")[:600]
 
 
 class PodmanPayload:
@@ -284,11 +236,15 @@ class PodmanRuntime:
             )
         return done.returncode == 0
 
-    def ensure_image(self, image: str) -> None:
-        """Pull a digest-pinned image that this node does not have yet."""
+    def ensure_image(self, image: str, report: PullReport | None = None) -> None:
+        """Pull a digest-pinned image that this node does not have yet; podman does not say how far it is."""
         if self.has_image(image):
             return
         require_registry(image)
+        self._pull(image)
+
+    @retried
+    def _pull(self, image: str) -> None:
         done = self._podman.run("pull", "--quiet", image, timeout_s=_PULL_S)
         if done.returncode != 0:
             raise pull_error(self.name, image, words_of(done.stderr))
@@ -334,6 +290,8 @@ def create_arguments(request: PayloadRequest, *, rootless: bool) -> list[str]:
         ]
     arguments += [f"--device={device}" for device in request.devices]
     arguments += [f"--device=nvidia.com/gpu={gpu}" for gpu in request.gpus]  # CDI: exactly the ones Slurm gave
+    if request.cpuset:
+        arguments.append(f"--cpuset-cpus={request.cpuset}")
     if request.cpus is not None:
         arguments.append(f"--cpus={min(request.cpus, os.cpu_count() or request.cpus)}")
     return [*arguments, str(request.image), *request.argv[1:]]

@@ -1,16 +1,88 @@
-"""PID 1 as an ordinary process in a session of its own: runtime `none`, and what other runtimes start that way."""
+"""PID 1 as an ordinary process in a session of its own: runtime `none`, and what other runtimes start that way.
+
+Also the short commands of runtimes that have a client and no API.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 from orchestrator.containers.payload import Payload, PayloadRequest
 from orchestrator.errors import ContainerError
 
 _KILL_WAIT_S = 10
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextlib.contextmanager
+def stop_signals_held() -> Iterator[None]:
+    """A notice hits every process of the step: a client that dies of it leaves half a container, PID 1 no save.
+
+    What is started inherits the mask and keeps it (Go and shells leave it alone); PID 1 takes it off again once it has
+    its handlers (worker/launch).
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_client(
+    argv: Sequence[str], *, environ: Mapping[str, str], timeout_s: float, hint: str, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Its result, whatever the exit code.
+
+    Raises ContainerError where it cannot be run, or does not answer; `hint` is for the second.
+    """
+    program, node = argv[0], os.uname().nodename
+    try:
+        with stop_signals_held():
+            process = subprocess.Popen(
+                argv,
+                cwd=cwd,
+                env=dict(environ),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+        with process:
+            try:
+                output, errors = process.communicate(timeout=timeout_s)
+            except BaseException:
+                _end_session(process.pid)
+                raise
+    except FileNotFoundError as error:
+        raise ContainerError(
+            f"node {node} has no {program}",
+            hint=f"Install {program} there (or load its module in `slurm.setup`), or take another `container.runtime`.",
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        words = f"{program} {argv[1]} does not answer on node {node}: nothing within {error.timeout:g} s"
+        raise ContainerError(words, hint=hint) from error
+    except OSError as error:
+        raise ContainerError(f"cannot run {program} on node {node}: {error.strerror or error}", hint=hint) from error
+    return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def _end_session(leader: int) -> None:
+    """A client that is given up goes with what it has started; what one leaves that has ended is meant to stay."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def words_of(stderr: str) -> str:
+    """The last error of a client in one line."""
+    lines = [line.strip() for line in stderr.splitlines() if line.strip()]
+    return " ".join(lines[-3:]).removeprefix("Error: ")[:600]
 
 
 class ProcessPayload:
@@ -56,7 +128,7 @@ class ProcessPayload:
 def spawn(runtime: str, argv: Sequence[str], request: PayloadRequest, environ: Mapping[str, str], hint: str) -> Payload:
     """Start a command whose early output goes to the node's log. Raises ContainerError, with the hint."""
     try:
-        with request.log.open("ab") as log:
+        with request.log.open("ab") as log, stop_signals_held():
             process = subprocess.Popen(
                 argv,
                 cwd=request.cwd,

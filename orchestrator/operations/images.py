@@ -13,7 +13,16 @@ from orchestrator.containers.image_file import sha256_of
 from orchestrator.errors import ContainerError, SpecError
 from orchestrator.files import write_atomic
 from orchestrator.operations.results import LockedImage, NamedImage
-from orchestrator.spec.images import LOCK_FILE, NAME, ImageLock, file_pin, find_lock, image_refusal, read_lock
+from orchestrator.spec.images import (
+    LOCK_FILE,
+    NAME,
+    ImageLock,
+    file_pin,
+    find_lock,
+    image_refusal,
+    read_lock,
+    repository_of,
+)
 
 ENGINE_TIMEOUT_S = 60
 
@@ -133,13 +142,6 @@ def _remote(client: Any, reference: str) -> LockedImage:
             hint="`docker images` lists what is here; build or pull it first, or correct the name",
         ) from error
     return LockedImage(reference, f"{repository_of(reference)}@{digest}", "registry")
-
-
-def repository_of(reference: str) -> str:
-    """`host:5000/team/image:tag@sha256:…` → `host:5000/team/image`."""
-    name = reference.partition("@")[0]
-    head, slash, tail = name.rpartition("/")
-    return head + slash + tail.partition(":")[0]
 
 
 def _words(error: BaseException) -> str:

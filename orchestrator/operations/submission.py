@@ -183,10 +183,11 @@ def _check_engine(spec: JobSpec, environ: Mapping[str, str]) -> None:
         return
     from orchestrator.containers.image_file import file_of
     from orchestrator.containers.payload import ENGINES, open_engine
+    from orchestrator.spec.images import file_pin
 
     if runtime in ENGINES:
         open_engine(runtime, environ).ensure_image(image)
-    else:
+    elif file_pin(image) is not None:
         file_of(image, node="this machine", verify=False)
 
 

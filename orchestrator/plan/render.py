@@ -137,6 +137,7 @@ def render_agent_plan(
             "runtime": spec.container.runtime,
             "image": spec.container.image,
             "mounts": [mount.model_dump() for mount in spec.container.mounts],
+            "image_dir": str(RootPaths(root).images(mounted_caches(spec))),
         },
         "checkpoint": {**spec.checkpoint.model_dump(), "uri": checkpoint_uri(spec, paths)},
         "signal": spec.preemption.signal,
@@ -149,6 +150,12 @@ def render_agent_plan(
         "notify": None if spec.notify is None else spec.notify.model_dump(mode="json"),
         "after": list(spec.after),
     }
+
+
+def mounted_caches(spec: JobSpec) -> str | None:
+    """The site profile's `caches`, as it arrives in a spec: the same path inside and outside."""
+    caches = spec.env.get("XDG_CACHE_HOME")
+    return caches if any(mount.source == mount.target == caches for mount in spec.container.mounts) else None
 
 
 def program_argv(spec: JobSpec) -> list[str]:

@@ -34,17 +34,46 @@ def file_pin(image: str) -> tuple[str, str | None] | None:
     return None if found is None else (found["path"], found["digest"])
 
 
+FILE_SUFFIXES = {"apptainer": (".sif", ".sqsh", ".squashfs"), "pyxis": (".sqsh", ".squashfs")}
+"""Of the runtimes that run image files, what they can read."""
+
+
 def runtime_refusal(image: str, runtime: str) -> str | None:
     """Why a runtime cannot run a pinned image, with what it can."""
-    is_file = file_pin(image) is not None
-    if runtime != "apptainer":
-        return f"{runtime} runs no image files; write repository@sha256:…, or use apptainer" if is_file else None
-    if is_file:
-        return None
+    file, suffixes = file_pin(image), FILE_SUFFIXES.get(runtime)
+    if suffixes is None:
+        return None if file is None else f"{runtime} runs no image files; write repository@sha256:…, or use apptainer"
     if image.startswith("sha256:"):
-        return f"{image[:19]}… is an id of one engine; apptainer runs an image file: PATH@sha256:… (sha256sum PATH)"
-    made = f"apptainer build NAME.sif docker://{image}"
-    return f"apptainer runs an image file. Make one:  {made}  and pin it:  orch image lock NAME.sif"
+        return (
+            f"{image[:19]}… is an id of one engine; {runtime} takes repository@sha256:… or PATH{suffixes[0]}@sha256:…"
+        )
+    if file is not None and not file[0].endswith(suffixes):
+        return f"{runtime} does not run {file[0]}; it takes files that end in {' or '.join(suffixes)}"
+    return None
+
+
+def mount_refusal(path: str, runtime: str) -> str | None:
+    """Why a runtime cannot mount a path: enroot reads mounts as fields of an fstab."""
+    if runtime == "pyxis" and re.search(r"[\s:\\]", path):
+        return f"pyxis cannot mount {path!r}: it may hold no space, no colon and no backslash"
+    return None
+
+
+def repository_of(reference: str) -> str:
+    """`host:5000/team/image:tag@sha256:…` → `host:5000/team/image`."""
+    name = reference.partition("@")[0]
+    head, slash, tail = name.rpartition("/")
+    return head + slash + tail.partition(":")[0]
+
+
+def without_tag(pin: str) -> str:
+    """`repository:tag@sha256:…` → `repository@sha256:…`: the digest decides, and not every engine takes both."""
+    return pin if file_pin(pin) is not None or "@" not in pin else f"{repository_of(pin)}@sha256:{digest_of(pin)}"
+
+
+def digest_of(pin: str) -> str:
+    """`repository:tag@sha256:…` → the 64 hexadecimal digits."""
+    return pin.rpartition("@sha256:")[2]
 
 
 def image_refusal(image: str) -> str | None:

@@ -24,7 +24,7 @@ from pydantic import (
 )
 
 from orchestrator.paths import is_object_store, parse_url, url_fault
-from orchestrator.spec.images import image_refusal, runtime_refusal
+from orchestrator.spec.images import image_refusal, mount_refusal, runtime_refusal, without_tag
 from orchestrator.spec.problems import KeyPath, Refusal, kind_of, shown
 from orchestrator.spec.sbatch_options import normal_name, owned_by_step, refusal
 from orchestrator.spec.units import Duration, Memory, WallTime
@@ -242,16 +242,16 @@ class Mount(_Section):
 class Container(_Section):
     """Where it runs. `none` is the interpreter that runs `orch`, or `slurm.python`."""
 
-    runtime: Literal["docker", "podman", "apptainer", "none"] = Field(
+    runtime: Literal["docker", "podman", "apptainer", "pyxis", "none"] = Field(
         "none",
-        description="`docker`, `podman`, or `none` for no container; experimental: `apptainer`.",
+        description="`docker`, `podman`, or `none` for no container; experimental: `apptainer`, `pyxis` (enroot).",
     )
     image: SomeText | None = Field(
         None,
         description=(
             "Pinned by digest: `repository@sha256:…`, `sha256:…` for an image id of the node, a file with its hash "
-            "(`PATH.sif@sha256:…`, for apptainer), or a name from `containers/images.lock.json`. A tag is "
-            "refused; `orch image lock` resolves one."
+            "(`PATH.sif@sha256:…` for apptainer, `PATH.sqsh@…` for pyxis), or a name from "
+            "`containers/images.lock.json`. A tag is refused; `orch image lock` resolves one."
         ),
     )
     mounts: tuple[Mount, ...] = Field((), description="Host paths seen inside the container.")
@@ -261,8 +261,8 @@ class Container(_Section):
     def _other_names(cls, value: Any) -> Any:
         if value == "singularity":
             raise ValueError("singularity is called apptainer here")
-        if value in ("pyxis", "enroot"):
-            raise ValueError(f"{value} is not in this version; use docker, podman, apptainer or none")
+        if value == "enroot":
+            raise ValueError("enroot is called pyxis here")
         return value
 
     @field_validator("image")
@@ -271,7 +271,7 @@ class Container(_Section):
         reason = None if value is None else image_refusal(value)
         if reason is not None:
             raise ValueError(reason)
-        return value
+        return None if value is None else without_tag(value)
 
     @field_validator("mounts")
     @classmethod
@@ -299,6 +299,9 @@ class Container(_Section):
             )
         if self.image is not None and (reason := runtime_refusal(self.image, self.runtime)):
             raise Refusal((("image",), reason))
+        paths = [((i, key), getattr(m, key)) for i, m in enumerate(self.mounts) for key in ("source", "target")]
+        if odd := [(("mounts", *at), why) for at, path in paths if (why := mount_refusal(path, self.runtime))]:
+            raise Refusal(*odd)
         if self.runtime == "none" and self.mounts:
             raise Refusal((("mounts",), "runtime none has no mounts: the job sees the node's own files"))
         return self

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SITE_DIR = Path("/etc/orch")
 FILE_NAME = "site.yaml"
-RUNTIMES = ("docker", "podman", "apptainer", "none")
+RUNTIMES = ("docker", "podman", "apptainer", "pyxis", "none")
 
 KEYS: dict[str, str] = {
     "root": "Directory on the shared disk that holds all runs; spec key `root`.",

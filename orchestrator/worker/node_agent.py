@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -273,6 +274,10 @@ class NodeAgent:
             "node_log": str(self.paths.node_log(attempt, self.place.node)),
         }
 
+    @property
+    def _caches(self) -> Path:
+        return self.paths.root.caches
+
     def _program_environment(self, directory: NodeDirectory) -> dict[str, str]:
         orders = self.orders
         nproc = orders["torchrun"]["nproc_per_node"] if orders["torchrun"] is not None else 1
@@ -281,6 +286,10 @@ class NodeAgent:
             "OMP_NUM_THREADS": str(max(1, (orders["cpus_per_task"] or 1) // nproc)),
             "PYTHONUNBUFFERED": "1",  # a log that ends in a killed process's buffer hides why it was killed
             "PYTHONDONTWRITEBYTECODE": "1",  # the snapshot is shared and read-only
+            # Not a home directory, which is small as a rule, nor the container's memory.
+            "XDG_CACHE_HOME": str(self._caches),
+            "HF_HOME": str(self._caches / "huggingface"),
+            "TORCH_HOME": str(self._caches / "torch"),
             **orders["env"],
             **self._secrets(),
             "ORCH_RUN_ID": orders["run_id"],
@@ -356,6 +365,8 @@ class NodeAgent:
             Mount(orders["library_dir"], orders["library_dir"], read_only=True),
         ]
         if self._contained:
+            self._caches.mkdir(exist_ok=True)
+            mounts.append(Mount(str(self._caches), str(self._caches)))
             mounts += [Mount(place, place) for place in self._checkpoint_places()]
         if self._contained and self._stall is not None and py_spy().exists():
             mounts.append(Mount(str(py_spy()), str(py_spy()), read_only=True))
@@ -371,8 +382,10 @@ class NodeAgent:
             mounts=tuple(dict.fromkeys(mounts)),  # a workspace may be our own code: one snapshot, one mount
             mem_bytes=orders["mem_bytes"],
             cpus=orders["cpus_per_task"],
+            cpuset=step_cpus(),
             host_network=self.place.nodes > 1,
             verify_image=self.place.node == 0,
+            images=Path(container["image_dir"]),
             devices=infiniband() if self.place.nodes > 1 else (),
             gpus=step_gpus(orders["gpus_per_node"], self.environ),
             scratch=directory.path,
@@ -387,6 +400,12 @@ def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:
     if wanted == 0:
         return ()
     return tuple(given.split(",")) if given else tuple(str(index) for index in range(wanted))
+
+
+def step_cpus() -> str:
+    """The CPUs that Slurm bound this step to (task/affinity, task/cgroup); "" where that is all there are."""
+    mine = sorted(os.sched_getaffinity(0))
+    return "" if len(mine) == os.cpu_count() else ",".join(str(cpu) for cpu in mine)
 
 
 def infiniband() -> tuple[str, ...]:
@@ -428,10 +447,8 @@ def run_node(agent: NodeAgent) -> int:
         elif agent.memory is not None:
             reason = ExitReason.OUT_OF_MEMORY.value
             message = f"node {place.node_name}: {agent.memory}"
-    except (OrchError, OSError) as error:
-        code, message = 1, str(error)
-        hint = getattr(error, "hint", None)
-        message = f"{message} {hint}" if hint else message
+    except Exception as error:  # noqa: BLE001 - a fault of ours must be found in the run's story, too
+        code, message = 1, _told(error)
         refused = isinstance(error, RefusedError)
         reason = (ExitReason.CANCELLED if refused else ExitReason.CONTAINER_FAILURE).value
         paths.logs(place.attempt).mkdir(parents=True, exist_ok=True)
@@ -448,6 +465,15 @@ def run_node(agent: NodeAgent) -> int:
         write_json(paths.node_verdict(place.attempt, place.node), {**verdict, "time": time.time()})
     agent.events.append("verdict", attempt=place.attempt, node=place.node, exit_code=code, message=message)
     return code
+
+
+def _told(error: Exception) -> str:
+    """What to record of an attempt that could not begin."""
+    if isinstance(error, OrchError | OSError):
+        hint = getattr(error, "hint", None)
+        return f"{error} {hint}" if hint else str(error)
+    traceback.print_exception(error)  # into the batch job's log
+    return f"an error in orch itself: {type(error).__name__}: {error}"
 
 
 def _plain(line: str) -> str:

@@ -1,7 +1,7 @@
-"""Runs whose container is a file: the life of a run below real Slurm, with a stub in the place of apptainer.
+"""Runs whose container is a file: the life of a run below real Slurm, with stubs in the place of apptainer and enroot.
 
-The stub starts the program without any container, so nothing here shows that an image works; what is shown is that the
-command is one that the real program's pages allow, and that notices, saves, ends and leftovers are right around it.
+A stub starts the program without any container, so nothing here shows that an image works; what is shown is that the
+commands are ones that the real program's pages allow, and that notices, saves, ends and leftovers are right around it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from tests.cluster.orch import Orch
 from tests.cluster.programs import script_spec
 
 STUBS = Path(__file__).parent / "stubs"
+HASH = "0123456789abcdef" * 4
 
 
 @pytest.fixture
@@ -35,23 +36,40 @@ def pinned(path: Path) -> str:
     return f"{path}@sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
 
 
-def spec(orch: Orch, image: Path, **changes: Any) -> dict[str, Any]:
+@pytest.fixture(params=["apptainer", "pyxis"])
+def runtime(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def spec(orch: Orch, runtime: str, image: str, **changes: Any) -> dict[str, Any]:
     setup = [
-        f"export ORCH_NODE_DIR={orch.directory}/node",
+        f"export ENROOT_DATA_PATH={orch.directory}/unpacked",
         f"export ORCH_STUB_LOG={orch.directory}/calls.jsonl",
         f'export ORCH_STUB_PATH="{Path(sys.executable).parent}:$PATH"',
         f'export PATH="{STUBS}:$PATH"',
     ]
+    if runtime == "apptainer":  # it mounts nothing below /dev
+        setup.append(f"export ORCH_NODE_DIR={orch.directory}/node")
     slurm = {"partition": "low", "setup": setup}
-    return script_spec(orch, container={"runtime": "apptainer", "image": pinned(image)}, slurm=slurm, **changes)
+    return script_spec(orch, container={"runtime": runtime, "image": image}, slurm=slurm, **changes)
 
 
-def calls(orch: Orch) -> list[list[str]]:
-    return [json.loads(line) for line in (orch.directory / "calls.jsonl").read_text().splitlines()]
+def calls(orch: Orch, command: str) -> list[list[str]]:
+    log = orch.directory / "calls.jsonl"
+    found = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    return [call for call in found if call[0] == command]
 
 
-def test_preempted_resumed_and_finished(orch: Orch, cluster: Cluster, image: Path) -> None:
-    run = orch.submit(spec(orch, image))["run_id"]
+def unpacked(orch: Orch) -> list[Path]:
+    """What enroot has in its store; apptainer has none."""
+    return list((orch.directory / "unpacked").glob("*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "registry"])
+def test_preempted_resumed_and_finished(orch: Orch, cluster: Cluster, image: Path, runtime: str, kind: str) -> None:
+    """Of a registry's image the cluster imports one file, for both attempts."""
+    pin = pinned(image) if kind == "file" else f"ghcr.io/lab/train@sha256:{HASH}"
+    run = orch.submit(spec(orch, runtime, pin))["run_id"]
     orch.wait_for_step(run, 5)
     cluster.preempt(nodes=3, seconds=1)
     orch.wait_for_step(run, 1, attempt=1)
@@ -60,15 +78,19 @@ def test_preempted_resumed_and_finished(orch: Orch, cluster: Cluster, image: Pat
     first, second = orch.attempts(run)
     assert (first["exit_reason"], second["exit_reason"]) == ("preempted", "completed")
     assert second["step_start"] == first["step_end"], "no step is lost or repeated"
-    assert [event["runtime"] for event in orch.events(run, "container_started")] == ["apptainer"] * 2
-    assert len(calls(orch)) == 2
-    for call in calls(orch):
-        assert any(str(image) in word and "@" not in word for word in call)
+    assert [event["runtime"] for event in orch.events(run, "container_started")] == [runtime] * 2
+    starts = calls(orch, "exec" if runtime == "apptainer" else "create")
+    suffix = ".sif" if runtime == "apptainer" else ".sqsh"
+    file = image if kind == "file" else orch.root / "caches" / "images" / f"{HASH}{suffix}"
+    assert len(starts) == 2
+    assert all(str(file) in call for call in starts)
+    assert len(calls(orch, "pull" if runtime == "apptainer" else "import")) == (kind == "registry")
     assert processes.of_run(run) == []
+    assert unpacked(orch) == []
 
 
-def test_without_its_agent_it_ends_by_its_leash(orch: Orch, cluster: Cluster, image: Path) -> None:
-    run = orch.submit(spec(orch, image))["run_id"]
+def test_without_its_agent_it_ends_by_its_leash(orch: Orch, cluster: Cluster, image: Path, runtime: str) -> None:
+    run = orch.submit(spec(orch, runtime, pinned(image)))["run_id"]
     orch.wait_for_step(run, 45)
     (agent,) = processes.agents(orch.run_dir(run))
     os.kill(agent, signal.SIGKILL)
@@ -77,13 +99,24 @@ def test_without_its_agent_it_ends_by_its_leash(orch: Orch, cluster: Cluster, im
     (orch.run_dir(run) / "enough").touch()
     orch.wait_for_state(run, "completed")
     assert processes.of_run(run) == []
+    assert unpacked(orch) == [], "the second attempt removes what the first one left, and its own"
 
 
-def test_another_file_under_the_same_name_is_not_run(orch: Orch, cluster: Cluster, image: Path) -> None:
-    given = spec(orch, image)
+def test_another_file_under_the_same_name_is_not_run(orch: Orch, cluster: Cluster, image: Path, runtime: str) -> None:
+    given = spec(orch, runtime, pinned(image))
     image.write_bytes(b"another")
     run = orch.submit(given)["run_id"]
     status = orch.wait_for_state(run, "failed", timeout=120)
     assert status["exit_reason"] == "container_failure"
     assert "is not the one that was pinned" in json.dumps(orch.events(run, "verdict"))
-    assert not (orch.directory / "calls.jsonl").exists()
+    assert calls(orch, "exec") == calls(orch, "create") == []
+
+
+def test_what_no_registry_gives_ends_the_run_with_its_words(orch: Orch, cluster: Cluster, runtime: str) -> None:
+    pin = f"ghcr.io/lab/absent@sha256:{HASH}"
+    run = orch.submit(spec(orch, runtime, pin))["run_id"]
+    assert orch.wait_for_state(run, "failed", timeout=120)["exit_reason"] == "container_failure"
+    told = json.dumps(orch.events(run, "verdict"))
+    assert f"cannot pull {pin} on node" in told
+    assert "manifest unknown" in told
+    assert list((orch.root / "caches" / "images").glob("*.s*")) == []

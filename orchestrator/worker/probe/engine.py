@@ -93,7 +93,8 @@ def _run_container(engine: Engine, image: str, directories: list[Path], scratch:
         argv=("python3", "-c", _PROGRAM, *places), cwd="/", run_id="orch-doctor",
         run_dir="", attempt=0, node=os.uname().nodename,
         image=image, mounts=tuple(Mount(place, place) for place in places), mem_bytes=256 * 1024**2, cpus=1,
-        host_network=False, verify_image=False, devices=(), gpus=(), scratch=scratch, log=Path(os.devnull),
+        cpuset="", host_network=False, verify_image=False, images=scratch, devices=(), gpus=(), scratch=scratch,
+        log=Path(os.devnull),
     )  # fmt: skip
     try:
         payload = engine.start(request)

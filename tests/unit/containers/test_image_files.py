@@ -1,6 +1,6 @@
-"""Image files, and apptainer, which runs them: the argument list of each case, and the child process with a stub.
+"""Image files, and what runs them, apptainer and enroot: the argument list of each case, and the child with a stub.
 
-apptainer cannot be had here: what is shown is that we say what its pages ask for, not that it does it.
+Neither can be had here: what is shown is that we say what their pages ask for, not that they do it.
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.containers import pyxis
 from orchestrator.containers.apptainer import ApptainerRuntime, environment, exec_command
 from orchestrator.containers.image_file import file_of, sha256_of, split_pin
 from orchestrator.containers.payload import Mount, Payload
+from orchestrator.containers.pyxis import PyxisRuntime, container_name, start_command
 from orchestrator.errors import ContainerError
 from tests.unit.containers.test_docker import request
 
 ODD = "/a:b,c \"d\" 'e'\n$(f)"
+STUBS = Path(__file__).parents[2] / "cluster" / "stubs"
 ARGV = ("python3", "/n/launch.py", "/n/config.json")
 CONTENT = b"squashed"
 
@@ -127,3 +130,91 @@ def test_a_node_directory_below_dev_cannot_be_mounted(runtime: ApptainerRuntime,
     with pytest.raises(ContainerError, match="a /dev of its own") as caught:
         runtime.start(asked)
     assert "ORCH_NODE_DIR" in (caught.value.hint or "")
+
+
+# --- pyxis
+NAME = "orch-" + hashlib.sha256(b"/root=a/runs/run-0123456789").hexdigest()[:16] + "-n7-3"
+TAIL = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', "/code", *ARGV]
+
+
+def test_enroot_is_asked_to_start_what_it_has_unpacked() -> None:
+    assert start_command(request(cwd="/code"), NAME, Path("/n/rc")) == [
+        "enroot", "start", "--rw", "--rc=/n/rc", "--env", "NVIDIA_VISIBLE_DEVICES", NAME, *TAIL,
+    ]  # fmt: skip
+
+
+def test_enroot_s_mounts_are_fields_of_an_fstab() -> None:
+    mounts = (Mount("/data,x/a'b", "/d", read_only=True), Mount("/out", "/out"))
+    command = start_command(request(mounts=mounts), NAME, Path("/n/rc"))
+    assert "/data,x/a'b:/d:none:x-create=auto,rbind,ro,nosuid,nodev" in command
+    assert "/out:/out:none:x-create=auto,rbind,rw,nosuid,nodev" in command
+
+
+def test_enroot_gets_values_by_name_and_only_the_gpus_of_the_step() -> None:
+    asked = request(gpus=("2", "3"), environ={"A": "b,c=$(d)\n"})
+    command = start_command(asked, NAME, Path("/n/rc"))
+    assert command[4:10] == ["--env", "A", "--env", "CUDA_VISIBLE_DEVICES", "--env", "NVIDIA_VISIBLE_DEVICES"]
+    values = {"A": "b,c=$(d)\n", "CUDA_VISIBLE_DEVICES": "2,3", "NVIDIA_VISIBLE_DEVICES": "2,3"}
+    assert pyxis.environment(asked) == values
+    assert pyxis.environment(request()) == {"NVIDIA_VISIBLE_DEVICES": "void"}, "an image may ask for all"
+
+
+def test_an_unpacked_image_is_named_by_run_node_and_attempt() -> None:
+    assert container_name("/root=a/runs/run-0123456789", "n7", 3) == NAME
+
+
+@pytest.fixture
+def enroot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PyxisRuntime:
+    monkeypatch.setenv("PATH", f"{STUBS}:/usr/bin:/bin")
+    monkeypatch.setenv("ORCH_STUB_LOG", str(tmp_path / "calls"))
+    monkeypatch.setenv("ORCH_STUB_PATH", "/usr/bin:/bin")
+    monkeypatch.setenv("ENROOT_DATA_PATH", str(tmp_path / "data"))
+    return PyxisRuntime()
+
+
+def test_unpacked_started_and_removed(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    program = "import os; print(os.getcwd(), os.environ['A']); raise SystemExit(75)"
+    asked = request(
+        argv=("python3", "-c", program), image=image, cwd="/usr", scratch=tmp_path, log=log, environ={"A": "b $c"}
+    )
+    payload = enroot.start(asked)
+    assert end_of(payload) == 75
+    assert log.read_text() == "/usr b $c\n"
+    assert payload.describe()["container"] == NAME
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [NAME]
+    payload.close()
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_of_older_attempts_here_nothing_stays_unpacked(enroot: PyxisRuntime, tmp_path: Path) -> None:
+    mine = "/root=a/runs/run-0123456789"
+    old, own, later = (container_name(mine, "n7", attempt) for attempt in (2, 3, 12))
+    others = [container_name(mine, "n8", 1), container_name("/b/runs/run-0123456789", "n7", 1), "ubuntu", f"{old}-x"]
+    for name in (old, own, later, *others):
+        (tmp_path / "data" / name).mkdir(parents=True)
+    assert enroot.remove_leftovers(mine, "n7", 3) == [old]
+    assert {path.name for path in (tmp_path / "data").iterdir()} == {own, later, *others}
+
+
+def test_what_cannot_be_started_is_not_left_unpacked(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        enroot.start(request(image=image, cwd="/usr", scratch=tmp_path / "absent", log=tmp_path / "log"))
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_path_that_enroot_cannot_mount_is_not_tried(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:
+    with pytest.raises(ContainerError, match="pyxis cannot mount '/a:b'"):
+        enroot.start(request(image=image, mounts=(Mount("/a:b", "/x"),), scratch=tmp_path, log=tmp_path / "log"))
+
+
+def test_a_signal_of_the_step_does_not_end_a_start(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:
+    """What is started holds the stop signals back until PID 1 takes the mask off."""
+    program = (
+        "import signal, os; held = signal.pthread_sigmask(signal.SIG_BLOCK, ()); "
+        "print(signal.SIGTERM in held, signal.SIGUSR1 in held)"
+    )
+    log = tmp_path / "log"
+    payload = enroot.start(request(argv=("python3", "-c", program), image=image, cwd="/usr", scratch=tmp_path, log=log))
+    assert end_of(payload) == 0
+    assert log.read_text() == "True True\n"

@@ -12,42 +12,41 @@ from orchestrator.errors import SpecError
 from orchestrator.spec import parse_spec
 from orchestrator.spec.images import LOCK_FILE, ImageLock, find_lock, read_lock
 
-RUNTIMES = ("docker", "podman", "apptainer", "none")
+RUNTIMES = ("docker", "podman", "apptainer", "pyxis", "none")
 HASH = "0123456789abcdef" * 4
 NOT_A_PIN = "orch image lock"
-IMPORT = "Make one:"
 NO_FILES = "runs no image files"
 NO_IMAGE = "uses no image"
-# What runtimes say of a reference, None where they take it: engines, apptainer. `none` has no image at all.
-FORMS: dict[str, tuple[str | None, str | None]] = {
-    f"ghcr.io/lab/train@sha256:{HASH}": (None, IMPORT),
-    f"train@sha256:{HASH}": (None, IMPORT),
-    f"localhost:5000/a/b:v1.2@sha256:{HASH}": (None, IMPORT),
-    f"[::1]:5000/train@sha256:{HASH}": (None, IMPORT),
-    f"sha256:{HASH}": (None, "is an id"),
-    f"/images/train.sif@sha256:{HASH}": (NO_FILES, None),
-    f"/images/train.sqsh@sha256:{HASH}": (NO_FILES, None),
-    f"/images/a b:c,d.squashfs@sha256:{HASH}": (NO_FILES, None),
-    "ghcr.io/lab/train:v1": (NOT_A_PIN,) * 2,
-    "ghcr.io/lab/train": (NOT_A_PIN,) * 2,
-    "train": (NOT_A_PIN,) * 2,
-    "/images/train.sif": ("orch image lock /images/train.sif",) * 2,
-    f"train@sha256:{HASH.upper()}": ("lower case",) * 2,
-    f"sha256:{HASH.upper()}": ("lower case",) * 2,
-    f"train@sha256:{HASH[:-1]}": ("here are 63 characters",) * 2,
-    f"train@sha256:{HASH}0": ("here are 65 characters",) * 2,
-    f"train@sha512:{HASH}": ("not a digest",) * 2,
-    f"train@{HASH}": ("not a digest",) * 2,
-    "train@": ("not a digest",) * 2,
-    f"@sha256:{HASH}": ("not a repository name",) * 2,
-    f"Lab/Train@sha256:{HASH}": ("not a repository name",) * 2,
-    f"train @sha256:{HASH}": ("not a repository name",) * 2,
-    f"train@sha256:{HASH}\n": ("here are 65 characters",) * 2,
-    f"/images/train.sif@sha256:{HASH[:-1]}": ("here are 63 characters",) * 2,
-    f"/images/train.sif@md5:{HASH}": ("not a digest",) * 2,
-    "--privileged": ("not an image reference",) * 2,
-    "train:v1; rm -rf /": ("not an image reference",) * 2,
-    "docker://train": ("not an image reference",) * 2,
+# What runtimes say of a reference, None where they take it: engines, apptainer, pyxis. `none` has no image at all.
+FORMS: dict[str, tuple[str | None, str | None, str | None]] = {
+    f"ghcr.io/lab/train@sha256:{HASH}": (None,) * 3,
+    f"train@sha256:{HASH}": (None,) * 3,
+    f"localhost:5000/a/b:v1.2@sha256:{HASH}": (None,) * 3,
+    f"[::1]:5000/train@sha256:{HASH}": (None,) * 3,
+    f"sha256:{HASH}": (None, "is an id", "is an id"),
+    f"/images/train.sif@sha256:{HASH}": (NO_FILES, None, "pyxis does not run /images/train.sif"),
+    f"/images/train.sqsh@sha256:{HASH}": (NO_FILES, None, None),
+    f"/images/a b:c,d.squashfs@sha256:{HASH}": (NO_FILES, None, None),
+    "ghcr.io/lab/train:v1": (NOT_A_PIN,) * 3,
+    "ghcr.io/lab/train": (NOT_A_PIN,) * 3,
+    "train": (NOT_A_PIN,) * 3,
+    "/images/train.sif": ("orch image lock /images/train.sif",) * 3,
+    f"train@sha256:{HASH.upper()}": ("lower case",) * 3,
+    f"sha256:{HASH.upper()}": ("lower case",) * 3,
+    f"train@sha256:{HASH[:-1]}": ("here are 63 characters",) * 3,
+    f"train@sha256:{HASH}0": ("here are 65 characters",) * 3,
+    f"train@sha512:{HASH}": ("not a digest",) * 3,
+    f"train@{HASH}": ("not a digest",) * 3,
+    "train@": ("not a digest",) * 3,
+    f"@sha256:{HASH}": ("not a repository name",) * 3,
+    f"Lab/Train@sha256:{HASH}": ("not a repository name",) * 3,
+    f"train @sha256:{HASH}": ("not a repository name",) * 3,
+    f"train@sha256:{HASH}\n": ("here are 65 characters",) * 3,
+    f"/images/train.sif@sha256:{HASH[:-1]}": ("here are 63 characters",) * 3,
+    f"/images/train.sif@md5:{HASH}": ("not a digest",) * 3,
+    "--privileged": ("not an image reference",) * 3,
+    "train:v1; rm -rf /": ("not an image reference",) * 3,
+    "docker://train": ("not an image reference",) * 3,
 }
 PIN = "ghcr.io/lab/train@sha256:" + "a" * 64
 
@@ -68,18 +67,30 @@ def spec(image: str, base_dir: Path, runtime: str = "docker") -> Any:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 @pytest.mark.parametrize("image", FORMS)
 def test_what_a_runtime_says_of_a_reference(tmp_path: Path, image: str, runtime: str) -> None:
-    engine, apptainer = FORMS[image]
-    words = {"apptainer": apptainer, "none": engine or NO_IMAGE}.get(runtime, engine)
+    engine, apptainer, pyxis = FORMS[image]
+    words = {"apptainer": apptainer, "pyxis": pyxis, "none": engine or NO_IMAGE}.get(runtime, engine)
     if runtime == "none" and engine == NO_FILES:
         words = NO_IMAGE
     if words is None:
-        assert spec(image, tmp_path, runtime).container.image == image
+        assert spec(image, tmp_path, runtime).container.image == image.replace(":v1.2@", "@"), "the digest decides"
         return
     with pytest.raises(SpecError) as caught:
         spec(image, tmp_path, runtime)
     (problem,) = caught.value.problems
     assert problem["field"] == "container.image"
     assert words in str(problem["message"])
+
+
+@pytest.mark.parametrize("path", ["/data/a b", "/data/a:b", "/data/a\\b", "/data/a\nb"])
+@pytest.mark.parametrize("key", ["source", "target"])
+def test_a_path_that_enroot_cannot_mount_is_refused_beforehand(tmp_path: Path, key: str, path: str) -> None:
+    container = {"image": PIN, "mounts": [{"source": "/data/x", "target": "/data/x", key: path}]}
+    document = {"name": "x", "job": {"command": ["true"]}, "container": {**container, "runtime": "pyxis"}}
+    with pytest.raises(SpecError, match="pyxis cannot mount") as caught:
+        parse_spec(document, base_dir=tmp_path, environ={})
+    assert [problem["field"] for problem in caught.value.problems] == [f"container.mounts.0.{key}"]
+    document["container"] = {**container, "runtime": "podman"}
+    assert parse_spec(document, base_dir=tmp_path, environ={}).container.mounts
 
 
 def test_the_path_of_a_file_starts_at_the_spec(tmp_path: Path) -> None:

@@ -316,7 +316,11 @@ def test_who_leaves_with_0_on_the_schedulers_own_signal_has_stopped(node: Node, 
     program = """
 import os, signal, threading
 gone = threading.Event()
-signal.signal(signal.SIGTERM, lambda *_: (os.kill(os.getppid(), signal.SIGTERM), os._exit(0)))
+def leave(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # PID 1 must not find somebody to tell before this one is gone
+    os.kill(os.getppid(), signal.SIGTERM)
+    os._exit(0)
+signal.signal(signal.SIGTERM, leave)
 print("ready", flush=True)
 gone.wait()
 """

@@ -1,0 +1,222 @@
+"""Images of a registry as files: imported once, under their digest, into a directory that every node sees."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from orchestrator.containers.failures import full_store, pull_error, retried
+from orchestrator.containers.image_file import file_of, sha256_of
+from orchestrator.containers.payload import PayloadRequest
+from orchestrator.containers.process import run_client, words_of
+from orchestrator.errors import ContainerError
+from orchestrator.files import fsync_dir, read_json, write_json
+from orchestrator.spec.images import digest_of, file_pin, repository_of
+
+SUFFIXES = {"apptainer": ".sif", "pyxis": ".sqsh"}
+_IMPORT_S = 3600.0
+_LOCK_LOOK_S = 0.5
+_NAME = re.compile(r"[0-9a-f]{64}\.(sif|sqsh)")
+_DOCKER_HUB = "docker.io"
+
+
+@dataclass(frozen=True)
+class CachedImage:
+    """An imported image. It counts from the moment its description exists, which is written last."""
+
+    path: Path
+    image: str
+    sha256: str  # of the file
+    size_bytes: int
+    used_at: float  # seconds since the epoch
+
+    @property
+    def description(self) -> Path:
+        return _description(self.path)
+
+    def problem(self) -> str | None:
+        """Why its bytes are not the ones that were imported; the file is read whole."""
+        try:
+            found = sha256_of(self.path)
+        except OSError as error:
+            return error.strerror or str(error)
+        return None if found == self.sha256 else f"its SHA-256 is {found}, it was imported as {self.sha256}"
+
+
+class ImageCache:
+    """The imported images of a root. Every node, and `orch image pull`, may ask for the same one at once."""
+
+    def __init__(self, directory: Path, environ: Mapping[str, str] = os.environ) -> None:
+        self.directory = directory
+        self._environ = environ
+
+    def path(self, image: str, runtime: str) -> Path:
+        """Where the file of a pin is, or will be."""
+        return self.directory / f"{digest_of(image)}{SUFFIXES[runtime]}"
+
+    def find(self, image: str, runtime: str) -> CachedImage | None:
+        """The imported image of a pin; None where there is none that is whole."""
+        return _described(self.path(image, runtime))
+
+    def fetch(self, image: str, runtime: str, *, verify: bool = False) -> CachedImage:
+        """The imported image of a pin; the first to ask imports it, the others wait.
+
+        With `verify` it is read whole, and imported again where it is damaged. Raises ContainerError.
+        """
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            with self._alone(self.path(image, runtime)):
+                found = self.find(image, runtime)
+                if found is None or (verify and found.problem() is not None):
+                    found = self._import(image, runtime)
+            with contextlib.suppress(PermissionError):  # somebody else's, and readable
+                os.utime(found.description)
+            return found
+        except OSError as error:
+            raise ContainerError(
+                f"cannot keep {image} in {self.directory}: {error.strerror or error}",
+                hint="It must be a directory that you can write to, with room for the image.",
+            ) from error
+
+    def entries(self) -> list[CachedImage]:
+        """What is there, least recently used first."""
+        with contextlib.suppress(FileNotFoundError):
+            paths = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
+            return sorted(filter(None, map(_described, paths)), key=lambda entry: entry.used_at)
+        return []
+
+    def remove(self, entry: CachedImage) -> bool:
+        """Take an image out, unless somebody is importing or just about to use it. Its description goes first."""
+        with contextlib.suppress(BlockingIOError), _locked(_lock(entry.path), wait_s=0):
+            entry.description.unlink(missing_ok=True)
+            entry.path.unlink(missing_ok=True)
+            return True
+        return False
+
+    def leftovers(self) -> list[Path]:
+        """What imports that were killed have left. Only for whoever knows that none is under way."""
+        if not self.directory.is_dir():
+            return []
+        return [path for path in self.directory.iterdir() if path.name.startswith(".import-")]
+
+    @contextlib.contextmanager
+    def _alone(self, path: Path) -> Iterator[None]:
+        try:
+            with _locked(_lock(path), wait_s=_IMPORT_S):
+                yield
+        except BlockingIOError as error:
+            raise ContainerError(
+                f"another node has been importing {path.name} for {_IMPORT_S:g} s",
+                hint=f"If none is: remove {_lock(path)} and try again.",
+            ) from error
+
+    def _import(self, image: str, runtime: str) -> CachedImage:
+        path = self.path(image, runtime)
+        partial = self.directory / f".import-{os.urandom(6).hex()}{path.suffix}"
+        try:
+            self._run(import_command(image, runtime, partial), image, runtime)
+            digest, size = sha256_of(partial), _made_durable(partial)
+            partial.replace(path)
+            fsync_dir(self.directory)
+        finally:
+            partial.unlink(missing_ok=True)
+        write_json(_description(path), {"image": image, "sha256": digest, "size_bytes": size})
+        return CachedImage(path, image, digest, size, time.time())
+
+    @retried
+    def _run(self, command: Sequence[str], image: str, runtime: str) -> None:
+        """Their own caches of layers lie here as well, and not in a home directory."""
+        own = {
+            "APPTAINER_CACHEDIR": str(self.directory / ".apptainer"),
+            "ENROOT_CACHE_PATH": str(self.directory / ".enroot"),
+        }
+        hint = f"Import it beforehand where there is a network:  orch image pull {image} --runtime {runtime}"
+        done = run_client(command, environ={**own, **self._environ}, timeout_s=_IMPORT_S, hint=hint)
+        if done.returncode != 0:
+            words = words_of(done.stderr) or f"{command[0]} ended with exit code {done.returncode}"
+            raise full_store(command[0], words) or pull_error(command[0], image, words)
+
+
+def image_path(request: PayloadRequest, runtime: str, environ: Mapping[str, str]) -> Path:
+    """The file to start: the pinned one, or the imported one of a pin in a registry. Raises ContainerError."""
+    image = request.image or ""
+    if file_pin(image) is not None:
+        return file_of(image, node=request.node, verify=request.verify_image)
+    return ImageCache(request.images, environ).fetch(image, runtime, verify=request.verify_image).path
+
+
+def import_command(image: str, runtime: str, target: Path) -> list[str]:
+    """What makes a file of a registry's image (apptainer-pull(1), enroot's `import`): pure."""
+    digest = digest_of(image)
+    if runtime == "apptainer":
+        return ["apptainer", "pull", str(target), f"docker://{repository_of(image)}@sha256:{digest}"]
+    registry, repository = _split_registry(repository_of(image))
+    # enroot reads `repository@…` as a user; with a colon the digest stands where a tag would (FACTS 4).
+    where = f"{registry}#{repository}" if registry else repository
+    return ["enroot", "import", f"--output={target}", f"docker://{where}:sha256:{digest}"]
+
+
+def _split_registry(repository: str) -> tuple[str, str]:
+    """`ghcr.io/lab/train` → its registry and the rest; Docker Hub, the default, as "" (the distribution reference
+    grammar)."""
+    first, slash, rest = repository.partition("/")
+    if not slash or not ("." in first or ":" in first or first == "localhost"):
+        return "", repository if slash else f"library/{repository}"
+    return ("" if first == _DOCKER_HUB else first), rest
+
+
+def _description(path: Path) -> Path:
+    return path.with_name(path.name + ".json")
+
+
+def _described(path: Path) -> CachedImage | None:
+    """None as well for one whose file is gone, or was cut short: it is imported again."""
+    try:
+        said = read_json(_description(path))
+        used_at = _description(path).stat().st_mtime
+        if path.stat().st_size != said["size_bytes"]:
+            return None
+        return CachedImage(path, said["image"], said["sha256"], said["size_bytes"], used_at)
+    except FileNotFoundError:
+        return None
+
+
+def _made_durable(path: Path) -> int:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return os.fstat(file.fileno()).st_size
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait_s: float) -> Iterator[None]:
+    """Raises BlockingIOError when somebody else has held it all the time.
+
+    A lock of fcntl(2), which NFS knows between machines and which ends with its holder. Where there are none, two
+    may import at once: each gives its own file the same name, whole.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    until = time.monotonic() + wait_s
+    try:
+        while True:
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() >= until:
+                    raise BlockingIOError(f"{path} is locked") from None
+                time.sleep(_LOCK_LOOK_S)
+            except OSError:  # no locks on this file system
+                break
+        yield
+    finally:
+        os.close(descriptor)
