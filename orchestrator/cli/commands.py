@@ -14,7 +14,7 @@ import typer
 
 from orchestrator import operations
 from orchestrator.cli import out
-from orchestrator.errors import BackendError, SpecError
+from orchestrator.errors import BackendError, ContainerError, SpecError
 from orchestrator.words import count, safety, size
 
 if TYPE_CHECKING:
@@ -427,3 +427,41 @@ def list_images(as_json: bool) -> None:
     width = max(len(image.name) for image in images)
     for image in images:
         print(f"{image.name:{width}}  {image.image.image}  (from {image.image.given})")
+
+
+def pull_image(image: str, runtime: str | None, root: Path | None, as_json: bool) -> None:
+    result = operations.pull_image(image, runtime=runtime, root=root, report=out.Bar("pulling"))
+    if as_json:
+        out.json_document(result.as_json())
+        return
+    where = result.path or f"{result.runtime} of this machine"
+    taken = "" if result.size_bytes is None else f", {size(result.size_bytes)}"
+    out.line(f"{'was already in' if result.was_here else 'now in'} {where}{taken}")
+
+
+def verify_images(images: Sequence[str], runtime: str | None, root: Path | None, as_json: bool) -> None:
+    checked = operations.verify_images(images, runtime=runtime, root=root)
+    if as_json:
+        out.json_document([image.as_json() for image in checked])
+    elif not checked:
+        out.line("no image has a name here, and none was imported")
+    else:
+        good, _, bad = out.marks()
+        for image in checked:
+            sign = (f"{good} ", "green") if image.problem is None else (f"{bad} ", "red")
+            out.line(sign, f"{image.path or image.image}", "" if image.problem is None else f": {image.problem}")
+    if any(image.problem is not None for image in checked):
+        raise typer.Exit(ContainerError.exit_code)
+
+
+def prune_images(max_age: str | None, max_size: str | None, dry_run: bool, root: Path | None, as_json: bool) -> None:
+    result = operations.prune_images(max_age=max_age, max_size=max_size, dry_run=dry_run, root=root)
+    if as_json:
+        out.json_document(result.as_json())
+        return
+    for image in result.removed:
+        out.line(f"  {image.path}  {image.image}")
+    verb = "would be removed" if dry_run else "removed"
+    files = len(result.removed)
+    left = size(result.left_bytes)
+    out.line(f"{files} file{'' if files == 1 else 's'} {verb}, {size(result.freed_bytes)}; {left} left")

@@ -284,6 +284,55 @@ def image_ls(as_json: Json = False) -> None:
     commands.list_images(as_json)
 
 
+Runtime = Annotated[
+    str | None, typer.Option("--runtime", help="docker, podman, apptainer or pyxis; else the site profile's.")
+]
+
+
+@image_app.command("pull")
+def image_pull(
+    image: Annotated[str, typer.Argument(help="repository@sha256:… or a name from containers/images.lock.json.")],
+    runtime: Runtime = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch an image before a run needs it: into the engine here, or as a file that every node sees."""
+    from orchestrator.cli import commands
+
+    commands.pull_image(image, runtime, root, as_json)
+
+
+@image_app.command("verify")
+def image_verify(
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Pins or names; else all names and imported files.")
+    ] = None,
+    runtime: Runtime = None,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Compare images with their pins; exit 4 if one is missing or another one."""
+    from orchestrator.cli import commands
+
+    commands.verify_images(images or [], runtime, root, as_json)
+
+
+@image_app.command("prune")
+def image_prune(
+    max_age: Annotated[
+        str | None, typer.Option("--max-age", metavar="30d", help="Unused for longer than that.")
+    ] = None,
+    max_size: Annotated[str | None, typer.Option("--max-size", metavar="200G", help="What the rest may take.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    root: Root = None,
+    as_json: Json = False,
+) -> None:
+    """Remove imported image files that no run needs (engines have their own: `docker image prune`)."""
+    from orchestrator.cli import commands
+
+    commands.prune_images(max_age, max_size, dry_run, root, as_json)
+
+
 Step = Annotated[int | None, typer.Option("--step", min=0, help="Optimizer step of the checkpoint.")]
 
 

@@ -6,8 +6,9 @@ import contextlib
 import fcntl
 import os
 import re
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from orchestrator.spec.images import digest_of, file_pin, repository_of
 SUFFIXES = {"apptainer": ".sif", "pyxis": ".sqsh"}
 _IMPORT_S = 3600.0
 _LOCK_LOOK_S = 0.5
+_IMPORT = ".import-"
 _NAME = re.compile(r"[0-9a-f]{64}\.(sif|sqsh)")
 _DOCKER_HUB = "docker.io"
 
@@ -100,10 +102,10 @@ class ImageCache:
         return False
 
     def leftovers(self) -> list[Path]:
-        """What imports that were killed have left. Only for whoever knows that none is under way."""
+        """Scratch directories of imports, under way or killed."""
         if not self.directory.is_dir():
             return []
-        return [path for path in self.directory.iterdir() if path.name.startswith(".import-")]
+        return [path for path in self.directory.iterdir() if path.name.startswith(_IMPORT)]
 
     @contextlib.contextmanager
     def _alone(self, path: Path) -> Iterator[None]:
@@ -118,24 +120,21 @@ class ImageCache:
 
     def _import(self, image: str, runtime: str) -> CachedImage:
         path = self.path(image, runtime)
-        partial = self.directory / f".import-{os.urandom(6).hex()}{path.suffix}"
-        try:
-            self._run(import_command(image, runtime, partial), image, runtime)
+        with tempfile.TemporaryDirectory(prefix=_IMPORT, dir=self.directory, ignore_cleanup_errors=True) as scratch:
+            partial = Path(scratch, path.name)
+            self._run(image, runtime, partial)
             digest, size = sha256_of(partial), _made_durable(partial)
             partial.replace(path)
             fsync_dir(self.directory)
-        finally:
-            partial.unlink(missing_ok=True)
         write_json(_description(path), {"image": image, "sha256": digest, "size_bytes": size})
         return CachedImage(path, image, digest, size, time.time())
 
     @retried
-    def _run(self, command: Sequence[str], image: str, runtime: str) -> None:
-        """Their own caches of layers lie here as well, and not in a home directory."""
-        own = {
-            "APPTAINER_CACHEDIR": str(self.directory / ".apptainer"),
-            "ENROOT_CACHE_PATH": str(self.directory / ".enroot"),
-        }
+    def _run(self, image: str, runtime: str, partial: Path) -> None:
+        """Layers go into the scratch directory unless the site keeps them elsewhere; by default it would be at home."""
+        partial.unlink(missing_ok=True)  # of a try that failed
+        command, layers = import_command(image, runtime, partial), str(partial.with_name("layers"))
+        own = {"APPTAINER_CACHEDIR": layers, "ENROOT_CACHE_PATH": layers}
         hint = f"Import it beforehand where there is a network:  orch image pull {image} --runtime {runtime}"
         done = run_client(command, environ={**own, **self._environ}, timeout_s=_IMPORT_S, hint=hint)
         if done.returncode != 0:

@@ -3,7 +3,7 @@
 The plugin starts containers as steps of their own, and a step below the agent's ends at Slurm's first signal, without a
 save (docs/decisions/0022). So the image is unpacked (`enroot create`) and PID 1 started in it (`enroot start`) as a
 child of the agent. An image that is started without being unpacked would live by two FUSE processes of the step, which
-Slurm signals as well. All of it follows enroot's documentation; nobody has run it on a real one yet (docs/containers.md).
+Slurm signals as well. All of it follows enroot's documentation; nobody has run it on a real one yet.
 """
 
 from __future__ import annotations

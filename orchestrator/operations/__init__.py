@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
     from orchestrator.operations.drill import verify_drill
+    from orchestrator.operations.image_stock import prune_images, pull_image, verify_images
     from orchestrator.operations.images import list_images, lock_image, name_image
     from orchestrator.operations.precheck import validate
     from orchestrator.operations.submission import plan_of, submit
@@ -41,6 +42,7 @@ _HOMES = {
     ),
     "checkup.examine": ("doctor",),
     "control": ("cancel", "preempt", "resume", "resume_all"),
+    "image_stock": ("prune_images", "pull_image", "verify_images"),
     "images": ("list_images", "lock_image", "name_image"),
     "tail": ("logs",),
     "describe": ("ps", "status"),
@@ -63,8 +65,10 @@ __all__ = [
     "open_shell",
     "plan_of",
     "preempt",
+    "prune_images",
     "ps",
     "pull_checkpoint",
+    "pull_image",
     "push_checkpoint",
     "resume",
     "resume_all",
@@ -76,6 +80,7 @@ __all__ = [
     "validate",
     "verify_checkpoints",
     "verify_drill",
+    "verify_images",
     "wait",
 ]
 

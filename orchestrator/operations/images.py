@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,16 +80,21 @@ def list_images(directory: Path | None = None) -> list[NamedImage]:
 
 
 def lock_image(reference: str) -> LockedImage:
-    """Resolve a tag with the docker engine of this machine: repository digest, else local image id.
+    """Resolve a tag with the engine of this machine: repository digest, else local image id.
 
-    Asks the registry when the image is not here (nothing is pulled). An image file is read and pinned by its hash.
-    Raises ContainerError.
+    docker asks the registry when the image is not here (nothing is pulled); podman, where there is no docker, knows its
+    own images. An image file is read and pinned by its hash. Raises ContainerError.
     """
     if (file := file_pin(reference)) is not None:
         return _locked_file(*file)
     from orchestrator.containers.docker import connect
 
-    client = connect(timeout_s=ENGINE_TIMEOUT_S)
+    try:
+        client = connect(timeout_s=ENGINE_TIMEOUT_S)
+    except ContainerError as error:
+        if shutil.which("podman") is None:
+            raise
+        return _of_podman(reference, error)
     try:
         return _resolve(client, reference)
     finally:
@@ -108,27 +115,42 @@ def _locked_file(path: str, digest: str | None) -> LockedImage:
     return LockedImage(path, f"{path}@{found}", "file")
 
 
+def _of_podman(reference: str, silence: ContainerError) -> LockedImage:
+    from orchestrator.containers.podman import Podman
+    from orchestrator.containers.process import words_of
+
+    done = Podman().run("image", "inspect", "--format=json", reference)
+    if done.returncode != 0:
+        raise ContainerError(
+            f"{silence.message}; and podman has no image {reference}: {words_of(done.stderr)}",
+            hint=f"start docker, or fetch it with podman first:  podman pull {reference}",
+        )
+    (found,) = json.loads(done.stdout)
+    return _locked(reference, found.get("RepoDigests") or (), f"sha256:{found['Id']}")
+
+
 def _resolve(client: Any, reference: str) -> LockedImage:
     import docker
 
     try:
-        return _local(client.images.get(reference), reference)
+        image = client.images.get(reference)
+        return _locked(reference, image.attrs.get("RepoDigests") or (), str(image.id))
     except docker.errors.ImageNotFound:
         return _remote(client, reference)
     except (docker.errors.DockerException, OSError, ValueError) as error:
         raise ContainerError(f"{reference}: {_words(error)}", hint="write it as repository:tag") from error
 
 
-def _local(image: Any, reference: str) -> LockedImage:
+def _locked(reference: str, repo_digests: Sequence[str], identifier: str) -> LockedImage:
     """RepoDigests is empty until an image was pushed or pulled; then only this engine's own id pins it (FACTS 4)."""
-    digests = [str(digest) for digest in image.attrs.get("RepoDigests") or ()]
+    digests = [digest for digest in map(str, repo_digests) if not digest.startswith("localhost/")]
     repository = repository_of(reference)
     chosen = next((digest for digest in digests if digest.partition("@")[0] == repository), None)
     if chosen is None and digests:
         chosen = digests[0]
     if chosen is not None:
         return LockedImage(reference, chosen, "registry")
-    return LockedImage(reference, str(image.id), "local")
+    return LockedImage(reference, identifier, "local")
 
 
 def _remote(client: Any, reference: str) -> LockedImage:

@@ -399,6 +399,45 @@ class NamedImage:
 
 
 @dataclass(frozen=True)
+class PulledImage:
+    """An image that is here: as a file of the root (`path`, its size), or in an engine of this machine."""
+
+    image: str
+    runtime: str
+    path: str | None
+    size_bytes: int | None
+    was_here: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class CheckedImage:
+    """Outcome of `image verify`: `problem` is None where the image is the one that its pin names."""
+
+    image: str
+    path: str | None
+    problem: str | None
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PrunedImages:
+    """Outcome of `image prune`; with `dry_run`, what it would be."""
+
+    removed: tuple[PulledImage, ...]
+    freed_bytes: int
+    left_bytes: int
+    dry_run: bool
+
+    def as_json(self) -> dict[str, Any]:
+        return {**asdict(self), "removed": [image.as_json() for image in self.removed]}
+
+
+@dataclass(frozen=True)
 class GpuUse:
     """What one rank uses of one GPU; `percent` is the whole GPU's."""
 

@@ -90,6 +90,22 @@ def test_a_digest_of_a_registry_is_pulled_preempted_and_resumed(
 
 
 @pytest.mark.parametrize("runtime", ["docker", "podman"])
+def test_an_image_is_fetched_before_a_run_needs_it(orch: Orch, cluster: Cluster, pushed: str, runtime: str) -> None:
+    pin = orch.json("image", "lock", pushed)["image"]
+    cluster.run("docker", "rmi", "--force", pushed, pin, check=False)
+    asked = (pin, "--runtime", runtime, "--root", str(orch.root))
+    (before,) = json.loads(orch.call("image", "verify", *asked, "--json").stdout)
+    assert before["problem"] == f"{runtime} of this machine does not have it"
+    pulled = orch.json("image", "pull", *asked)
+    assert (pulled["image"], pulled["was_here"]) == (pin, False)
+    assert orch.json("image", "pull", *asked)["was_here"]
+    (after,) = orch.json("image", "verify", *asked)
+    assert after["problem"] is None
+    program = ("docker", "rmi") if runtime == "docker" else ("podman", "rmi")
+    cluster.run(*program, "--force", pin)
+
+
+@pytest.mark.parametrize("runtime", ["docker", "podman"])
 def test_a_digest_that_the_registry_does_not_have(orch: Orch, registry: str, runtime: str) -> None:
     image = f"{registry}/somebody/python@sha256:{'0' * 64}"
     run = orch.submit(script_spec(orch, container={"runtime": runtime, "image": image}))["run_id"]
