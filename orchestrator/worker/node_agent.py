@@ -280,6 +280,7 @@ class NodeAgent:
 
     def _program_environment(self, directory: NodeDirectory) -> dict[str, str]:
         orders = self.orders
+        caches = orders["env"].get("XDG_CACHE_HOME") or str(self._caches)
         nproc = orders["torchrun"]["nproc_per_node"] if orders["torchrun"] is not None else 1
         environment = {
             # Results depend on it, so it is set and not left to the node (PROTOCOLS 2); `env:` may override it.
@@ -287,9 +288,9 @@ class NodeAgent:
             "PYTHONUNBUFFERED": "1",  # a log that ends in a killed process's buffer hides why it was killed
             "PYTHONDONTWRITEBYTECODE": "1",  # the snapshot is shared and read-only
             # Not a home directory, which is small as a rule, nor the container's memory.
-            "XDG_CACHE_HOME": str(self._caches),
-            "HF_HOME": str(self._caches / "huggingface"),
-            "TORCH_HOME": str(self._caches / "torch"),
+            "XDG_CACHE_HOME": caches,
+            "HF_HOME": f"{caches}/huggingface",
+            "TORCH_HOME": f"{caches}/torch",
             **orders["env"],
             **self._secrets(),
             "ORCH_RUN_ID": orders["run_id"],

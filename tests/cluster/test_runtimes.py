@@ -54,8 +54,10 @@ class Bench:
             "mounts": (Mount(str(self.directory), str(self.directory)),),
             "mem_bytes": 512 * 1024**2,
             "cpus": 1,
+            "cpuset": "",
             "host_network": False,
             "verify_image": True,
+            "images": self.directory,
             "devices": (),
             "gpus": (),
             "scratch": self.scratch,
@@ -182,6 +184,26 @@ def test_it_gets_what_the_step_has_and_no_more(engine: Bench) -> None:
     )
     payload = engine.start(program, limits={**step_limits(), "nofile": 1234, "memlock": 65536})
     assert engine.end_of(payload) == 0, payload.early_output()
+
+
+def test_it_runs_on_the_processors_of_the_step(engine: Bench) -> None:
+    last = max(os.sched_getaffinity(0))
+    program = f"import os; assert os.sched_getaffinity(0) == {{{last}}}, os.sched_getaffinity(0)"
+    payload = engine.start(program, cpuset=str(last))
+    assert engine.end_of(payload) == 0, payload.early_output()
+
+
+def test_what_the_step_s_environment_holds_stays_outside(engine: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Proxies come with passwords: one gets in when a spec declares it (`env`, `secrets`), and not by itself."""
+    names = ["HTTPS_PROXY", "http_proxy", "NO_PROXY", "HF_HUB_OFFLINE", "WANDB_API_KEY"]
+    for name in names:
+        monkeypatch.setenv(name, "http://user:password@127.0.0.1:1")
+    engine.runtime = open_engine(engine.name, {**os.environ, **engine.cluster.overrides})
+    program = f"import os; raise SystemExit(any(name in os.environ for name in {names!r}))"
+    assert engine.end_of(engine.start(program)) == 0
+    declared = {"HTTPS_PROXY": "http://127.0.0.1:2"}
+    program = "import os; raise SystemExit(os.environ['HTTPS_PROXY'] != 'http://127.0.0.1:2')"
+    assert engine.end_of(engine.start(program, environ=declared)) == 0
 
 
 def test_too_much_memory_ends_it(engine: Bench) -> None:

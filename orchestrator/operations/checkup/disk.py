@@ -8,6 +8,7 @@ from pathlib import Path
 
 from orchestrator.operations.checkup.findings import Family, Finding, Level
 from orchestrator.operations.checkup.target import CACHES, Target
+from orchestrator.paths import RootPaths
 from orchestrator.words import count, size
 from orchestrator.worker.probe.disk import DiskFacts
 
@@ -133,16 +134,13 @@ def quota_findings(text: str, facts: Mapping[str, DiskFacts]) -> Iterator[Findin
 # --- caches ---------------------------------------------------------------------------------------------------------
 def cache_places(target: Target) -> dict[str, str]:
     """Where libraries will put their downloads, by variable."""
-    base = target.caches.get("XDG_CACHE_HOME") or f"{target.home}/.cache"
+    base = target.caches.get("XDG_CACHE_HOME") or str(RootPaths(target.root).caches)
     beneath = {"XDG_CACHE_HOME": base, "HF_HOME": f"{base}/huggingface", "TORCH_HOME": f"{base}/torch"}
     return {name: target.caches.get(name, beneath[name]) for name in CACHES}
 
 
 def cache_finding(target: Target, spaces: Mapping[str, tuple[int, str]]) -> Finding:
     """Downloads need room that a home directory may not have. `spaces`: free bytes and mount point, by path."""
-    if target.contained and not target.caches:
-        message = "downloads (HF_HOME, TORCH_HOME, XDG_CACHE_HOME) go into the container's memory, anew in each attempt"
-        return Finding("caches", Level.WARN, message, _CACHES_FIX, Family.DISK)
     places = cache_places(target)
     small = [place for place in dict.fromkeys(places.values()) if spaces[place][0] < SMALL_CACHE_BYTES]
     if small:

@@ -40,12 +40,13 @@ def test_the_heading_names_every_option(name: str) -> None:
     assert not {word for word in shown - EVERYWHERE if word.startswith("--")}, "options that the command does not have"
 
 
-def test_subcommands_have_a_heading_with_every_option() -> None:
+@pytest.mark.parametrize("group", ["ckpt", "image"])
+def test_subcommands_have_a_heading_with_every_option(group: str) -> None:
     page = (REPOSITORY / "docs" / "cli.md").read_text()
-    found = {match[2]: match[1] for match in re.finditer(r"^#### (`orch ckpt (\w+).*)$", page, re.MULTILINE)}
-    group = commands()["ckpt"].commands
-    assert found.keys() == group.keys()
-    for name, command in group.items():
+    found = {match[2]: match[1] for match in re.finditer(rf"^#### (`orch {group} (\w+).*)$", page, re.MULTILINE)}
+    members = commands()[group].commands
+    assert found.keys() == members.keys()
+    for name, command in members.items():
         options = {word for param in command.params for word in param.opts if word.startswith("--")}
         assert set(re.findall(r"--[a-z][a-z-]*", found[name])) == options - EVERYWHERE - {"--help"}, name
 

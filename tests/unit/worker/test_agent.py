@@ -22,7 +22,8 @@ from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
 from orchestrator.spec import parse_spec
 from orchestrator.worker import agent as agent_module
-from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node
+from orchestrator.worker.node import NodeDirectory
+from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node, step_cpus
 from orchestrator.worker.scheduler import LocalScheduler
 
 
@@ -88,6 +89,40 @@ def test_an_image_for_another_processor_is_no_failure_of_the_program(tmp_path: P
     assert verdict["reason"] == "launch_failure"
     assert "was built for another processor than this node's" in verdict["message"]
     assert "exec format error" in agent.paths.node_log(0, 0).read_text()
+
+
+def test_a_fault_of_our_own_is_told_like_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    agent = make_agent(tmp_path)
+
+    def broken(request: PayloadRequest) -> Payload:
+        raise KeyError("image_dir")
+
+    agent.runtime.start = broken  # type: ignore[method-assign]
+    assert run_node(agent) == 1
+    verdict = json.loads(agent.paths.node_verdict(0, 0).read_text())
+    assert verdict["message"] == "an error in orch itself: KeyError: 'image_dir'"
+    assert "in broken" in capsys.readouterr().err, "where it was, for whoever mends it"
+
+
+def test_downloads_go_below_the_root_and_where_the_spec_says(tmp_path: Path) -> None:
+    agent = make_agent(tmp_path)
+    directory = NodeDirectory(tmp_path / "nodes", "x")
+    names = ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME")
+    environment = agent._program_environment(directory)
+    below = [f"{tmp_path}/caches", f"{tmp_path}/caches/huggingface", f"{tmp_path}/caches/torch"]
+    assert [environment[name] for name in names] == below
+    agent.orders["env"] = {"XDG_CACHE_HOME": "/fast", "TORCH_HOME": "/models"}
+    environment = agent._program_environment(directory)
+    assert [environment[name] for name in names] == ["/fast", "/fast/huggingface", "/models"]
+    directory.close()
+
+
+def test_a_step_bound_to_some_processors_hands_them_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {5, 2, 3})
+    assert step_cpus() == "2,3,5"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert step_cpus() == ""
 
 
 def test_a_program_s_last_words_command_no_terminal(tmp_path: Path) -> None:

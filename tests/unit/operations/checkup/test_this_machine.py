@@ -120,18 +120,21 @@ def spaces(free: int, *places: str) -> Mapping[str, tuple[int, str]]:
     return dict.fromkeys(places, (free, "/"))
 
 
-HOME_CACHES = ("/home/me/.cache", "/home/me/.cache/huggingface", "/home/me/.cache/torch")
+def of(base: str) -> tuple[str, ...]:
+    return (base, f"{base}/huggingface", f"{base}/torch")
 
 
 def test_a_small_home_is_no_place_for_downloads() -> None:
-    small = cache_finding(target(), spaces(5 * 10**9, *HOME_CACHES))
+    at_home = target(root=Path("/home/me/orch_runs"))
+    small = cache_finding(at_home, spaces(5 * 10**9, *of("/home/me/orch_runs/caches")))
     assert small.level is Level.WARN and "in your home directory, where 5.0 GB are free" in small.message
     assert "`caches`" in str(small.fix)
-    assert cache_finding(target(), spaces(10**12, *HOME_CACHES)).level is Level.OK
 
 
-def test_a_container_without_caches_keeps_downloads_in_memory() -> None:
-    assert "container's memory" in cache_finding(target(runtime="docker"), spaces(10**12, *HOME_CACHES)).message
+def test_downloads_go_below_the_root_unless_the_site_says_more() -> None:
+    found = cache_finding(target(root=Path("/shared/orch")), spaces(10**12, *of("/shared/orch/caches")))
+    assert found.level is Level.OK
+    assert "/shared/orch/caches/huggingface" in found.message
     chosen = {"XDG_CACHE_HOME": "/shared/c", "HF_HOME": "/shared/c/h"}
     free = spaces(10**12, "/shared/c", "/shared/c/h", "/shared/c/torch")
     assert cache_finding(target(runtime="docker", caches=chosen), free).level is Level.OK
@@ -304,7 +307,7 @@ class Machine:
 
     def _probe(self, request: dict[str, object]) -> dict[str, object]:
         if "spaces" in request:
-            return {"spaces": [[10**12, "/"] for _ in HOME_CACHES]}
+            return {"spaces": [[10**12, "/"] for _ in of("")]}
         return {"disks": [asdict(GOOD)]} if "disks" in request else {"engine": asdict(ENGINE)}
 
 
