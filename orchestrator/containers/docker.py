@@ -286,7 +286,9 @@ class DockerRuntime:
                     failed.append(str(line["error"]))
                     return
                 if report is not None and (more := layers.more(line)):
-                    report(more, layers.total)
+                    report(more, layers.total + 1)
+            if report is not None:
+                report(1, 1)  # unpacked as well; until then there is something left to do
         except (requests.RequestException, docker.errors.DockerException, ValueError) as error:
             failed.append(_words(error))
 

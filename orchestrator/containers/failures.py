@@ -46,7 +46,7 @@ def pull_error(engine: str, image: str, words: str) -> ContainerError:
 
 # What a registry, or the way to it, says when the next try may well succeed.
 _PASSING = re.compile(
-    r"timed out|timeout|connection (reset|refused)|temporary failure|too many requests|tls handshake|unexpected eof"
+    r"timed out|timeout|connection (reset|refused)|temporary failure|too ?many ?requests|tls handshake|unexpected eof"
     r"|server error|service unavailable|bad gateway|\b(429|50[0234])\b",
     re.IGNORECASE,
 )
