@@ -23,8 +23,10 @@ if TYPE_CHECKING:
         open_shell,
         plan_of,
         preempt,
+        prune_images,
         ps,
         pull_checkpoint,
+        pull_image,
         push_checkpoint,
         resume,
         resume_all,
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
         validate,
         verify_checkpoints,
         verify_drill,
+        verify_images,
         wait,
     )
 
@@ -52,8 +55,10 @@ __all__ = [
     "open_shell",
     "plan_of",
     "preempt",
+    "prune_images",
     "ps",
     "pull_checkpoint",
+    "pull_image",
     "push_checkpoint",
     "resume",
     "resume_all",
@@ -65,6 +70,7 @@ __all__ = [
     "validate",
     "verify_checkpoints",
     "verify_drill",
+    "verify_images",
     "wait",
 ]
 

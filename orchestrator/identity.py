@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from orchestrator.spec import JobSpec
 
-AGENT_PLAN_VERSION = 3
+AGENT_PLAN_VERSION = 2
 """Version of plan/agent.json, written by `plan`, read by the agents; counts up when an older agent would misread it."""
 
 HASH_VERSION = 1

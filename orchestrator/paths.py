@@ -62,9 +62,10 @@ class RootPaths:
         """Where downloads of programs go, unless the spec or the site profile names another place."""
         return self.root / "caches"
 
-    def images(self, caches: str | None) -> Path:
-        """Imported image files, in the site profile's `caches` where it names any."""
-        return (self.caches if caches is None else Path(caches)) / "images"
+    @property
+    def images(self) -> Path:
+        """Imported image files. No container sees them: one could exchange what the next run starts from."""
+        return self.root / "images"
 
     def snapshot(self, code_hash: str) -> Path:
         return self.code / code_hash

@@ -17,6 +17,20 @@ _GPU_HINTS = {
 }
 
 
+_LOGINS = {
+    "docker": "`docker login`",
+    "podman": "`podman login`",
+    "apptainer": "`apptainer registry login`",
+    "enroot": "ENROOT_CONFIG_PATH/.credentials",
+}
+_ROOM = {
+    "docker": "`docker system prune`",
+    "podman": "`podman system prune`",
+    "apptainer": "`orch image prune`, or another APPTAINER_TMPDIR",
+    "enroot": "`orch image prune`, or another ENROOT_TEMP_PATH or ENROOT_DATA_PATH",
+}
+
+
 def start_error(engine: str, request: PayloadRequest, words: str) -> ContainerError:
     """Why a container could not be created or started."""
     lower = words.lower()
@@ -36,11 +50,20 @@ def start_error(engine: str, request: PayloadRequest, words: str) -> ContainerEr
     return full_store(engine, words) or ContainerError(f"{engine} could not start {request.image}: {words}")
 
 
+class PullFailed(ContainerError):
+    """An image could not be fetched; `words` are the engine's own."""
+
+    def __init__(self, message: str, *, words: str, hint: str) -> None:
+        super().__init__(message, hint=hint)
+        self.words = words
+
+
 def pull_error(engine: str, image: str, words: str) -> ContainerError:
     """Why an image could not be fetched by this node."""
-    return full_store(engine, words) or ContainerError(
+    return full_store(engine, words) or PullFailed(
         f"cannot pull {image} on node {os.uname().nodename}: {words}",
-        hint=f"Check the name, and `{engine} login` and the way to the registry on that node.",
+        words=words,
+        hint=f"Check the name, {_LOGINS[engine]} and the way to the registry on that node.",
     )
 
 
@@ -53,16 +76,16 @@ _PASSING = re.compile(
 
 
 def _passes(error: BaseException) -> bool:
-    return isinstance(error, ContainerError) and _PASSING.search(error.message) is not None
+    return isinstance(error, PullFailed) and _PASSING.search(error.words) is not None
 
 
 retried = tenacity.retry(
     retry=tenacity.retry_if_exception(_passes),
-    stop=tenacity.stop_after_attempt(4),
+    stop=tenacity.stop_after_attempt(5) | tenacity.stop_after_delay(120),
     wait=tenacity.wait_exponential_jitter(initial=1, max=15),
     reraise=True,
 )
-"""Decorates what fetches from a registry: a failure that may pass is tried again, for half a minute at most."""
+"""Decorates what fetches from a registry: a failure that may pass is tried again, unless it came after 2 minutes."""
 
 
 def require_registry(image: str) -> None:
@@ -79,8 +102,8 @@ def full_store(engine: str, words: str) -> ContainerError | None:
     if "no space left on device" not in words.lower():
         return None
     return ContainerError(
-        f"the disk of {engine}'s store on node {os.uname().nodename} is full: {words}",
-        hint=f"Free room there: `{engine} system prune`.",
+        f"a disk that {engine} needs on node {os.uname().nodename} is full: {words}",
+        hint=f"Free room: {_ROOM[engine]}.",
     )
 
 

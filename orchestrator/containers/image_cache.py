@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from orchestrator.containers.failures import full_store, pull_error, retried
+from orchestrator.containers.failures import pull_error, retried
 from orchestrator.containers.image_file import file_of, sha256_of
 from orchestrator.containers.payload import PayloadRequest
 from orchestrator.containers.process import run_client, words_of
-from orchestrator.errors import ContainerError
+from orchestrator.errors import ContainerError, RegistryError
 from orchestrator.files import fsync_dir, read_json, write_json
 from orchestrator.spec.images import digest_of, file_pin, repository_of
 
 SUFFIXES = {"apptainer": ".sif", "pyxis": ".sqsh"}
 _IMPORT_S = 3600.0
+_WAIT_S = 4500.0  # for somebody else's import, whose tries may begin two minutes late
 _LOCK_LOOK_S = 0.5
+_ABANDONED_S = 86_400.0  # no import takes so long
 _IMPORT = ".import-"
 _NAME = re.compile(r"[0-9a-f]{64}\.(sif|sqsh)")
 _DOCKER_HUB = "docker.io"
@@ -30,20 +34,28 @@ _DOCKER_HUB = "docker.io"
 
 @dataclass(frozen=True)
 class CachedImage:
-    """An imported image. It counts from the moment its description exists, which is written last."""
+    """A file of the cache. It counts once it has its description, which is written last."""
 
     path: Path
-    image: str
+    image: str  # the pin it was first imported for; "" without a description
     sha256: str  # of the file
     size_bytes: int
     used_at: float  # seconds since the epoch
 
     @property
     def description(self) -> Path:
-        return _description(self.path)
+        """What is known of it, beside it."""
+        return self.path.with_name(self.path.name + ".json")
+
+    @property
+    def digest(self) -> str:
+        """Of the image, by which it is found; two repositories may have the same."""
+        return self.path.stem
 
     def problem(self) -> str | None:
         """Why its bytes are not the ones that were imported; the file is read whole."""
+        if not self.sha256:
+            return "its import was cut short, or its description is damaged"
         try:
             found = sha256_of(self.path)
         except OSError as error:
@@ -64,61 +76,66 @@ class ImageCache:
 
     def find(self, image: str, runtime: str) -> CachedImage | None:
         """The imported image of a pin; None where there is none that is whole."""
-        return _described(self.path(image, runtime))
+        entry = _entry(self.path(image, runtime))
+        return entry if entry is not None and entry.sha256 else None
 
     def fetch(self, image: str, runtime: str, *, verify: bool = False) -> CachedImage:
         """The imported image of a pin; the first to ask imports it, the others wait.
 
         With `verify` it is read whole, and imported again where it is damaged. Raises ContainerError.
         """
+        path = self.path(image, runtime)
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            with self._alone(self.path(image, runtime)):
-                found = self.find(image, runtime)
-                if found is None or (verify and found.problem() is not None):
-                    found = self._import(image, runtime)
-            with contextlib.suppress(PermissionError):  # somebody else's, and readable
-                os.utime(found.description)
-            return found
+            with _waiting(path, fcntl.LOCK_SH):  # many may read at once
+                if (found := self._usable(image, runtime, verify)) is not None:
+                    return found
+            with _waiting(path, fcntl.LOCK_EX):
+                return self._usable(image, runtime, verify) or self._import(image, runtime)
         except OSError as error:
             raise ContainerError(
                 f"cannot keep {image} in {self.directory}: {error.strerror or error}",
                 hint="It must be a directory that you can write to, with room for the image.",
             ) from error
 
+    def _usable(self, image: str, runtime: str, verify: bool) -> CachedImage | None:
+        found = self.find(image, runtime)
+        if found is None or (verify and found.problem() is not None):
+            return None
+        with contextlib.suppress(OSError):  # somebody else's, or a disk that is mounted read-only
+            os.utime(found.description)
+        return found
+
     def entries(self) -> list[CachedImage]:
-        """What is there, least recently used first."""
-        with contextlib.suppress(FileNotFoundError):
+        """Every file there is, whole or not, least recently used first."""
+        try:
             paths = [path for path in self.directory.iterdir() if _NAME.fullmatch(path.name)]
-            return sorted(filter(None, map(_described, paths)), key=lambda entry: entry.used_at)
-        return []
+        except FileNotFoundError:
+            return []
+        return sorted(filter(None, map(_entry, paths)), key=lambda entry: entry.used_at)
 
     def remove(self, entry: CachedImage) -> bool:
-        """Take an image out, unless somebody is importing or just about to use it. Its description goes first."""
-        with contextlib.suppress(BlockingIOError), _locked(_lock(entry.path), wait_s=0):
-            entry.description.unlink(missing_ok=True)
-            entry.path.unlink(missing_ok=True)
-            return True
-        return False
-
-    def leftovers(self) -> list[Path]:
-        """Scratch directories of imports, under way or killed."""
-        if not self.directory.is_dir():
-            return []
-        return [path for path in self.directory.iterdir() if path.name.startswith(_IMPORT)]
-
-    @contextlib.contextmanager
-    def _alone(self, path: Path) -> Iterator[None]:
+        """Take a file out, unless somebody reads or imports it, or has used it since `entry` was read."""
         try:
-            with _locked(_lock(path), wait_s=_IMPORT_S):
-                yield
-        except BlockingIOError as error:
-            raise ContainerError(
-                f"another node has been importing {path.name} for {_IMPORT_S:g} s",
-                hint=f"If none is: remove {_lock(path)} and try again.",
-            ) from error
+            with _locked(entry.path, fcntl.LOCK_EX, wait_s=0):
+                now = _entry(entry.path)
+                if now is not None and now.used_at > entry.used_at:
+                    return False
+                entry.description.unlink(missing_ok=True)
+                entry.path.unlink(missing_ok=True)
+                return True
+        except (BlockingIOError, PermissionError):
+            return False
+
+    def sweep(self) -> None:
+        """Remove scratch directories of imports that were killed long ago."""
+        for path in self.directory.glob(f"{_IMPORT}*"):
+            with contextlib.suppress(OSError):  # one that has just ended, or somebody else's
+                if time.time() - path.lstat().st_mtime > _ABANDONED_S:
+                    shutil.rmtree(path)
 
     def _import(self, image: str, runtime: str) -> CachedImage:
+        self.sweep()
         path = self.path(image, runtime)
         with tempfile.TemporaryDirectory(prefix=_IMPORT, dir=self.directory, ignore_cleanup_errors=True) as scratch:
             partial = Path(scratch, path.name)
@@ -131,15 +148,15 @@ class ImageCache:
 
     @retried
     def _run(self, image: str, runtime: str, partial: Path) -> None:
-        """Layers go into the scratch directory unless the site keeps them elsewhere; by default it would be at home."""
         partial.unlink(missing_ok=True)  # of a try that failed
         command, layers = import_command(image, runtime, partial), str(partial.with_name("layers"))
-        own = {"APPTAINER_CACHEDIR": layers, "ENROOT_CACHE_PATH": layers}
+        # Where the site says nothing, both would keep layers in the home directory. enroot.conf wins over the second.
+        own = {"APPTAINER_CACHEDIR": layers, "XDG_CACHE_HOME": layers}
         hint = f"Import it beforehand where there is a network:  orch image pull {image} --runtime {runtime}"
         done = run_client(command, environ={**own, **self._environ}, timeout_s=_IMPORT_S, hint=hint)
         if done.returncode != 0:
             words = words_of(done.stderr) or f"{command[0]} ended with exit code {done.returncode}"
-            raise full_store(command[0], words) or pull_error(command[0], image, words)
+            raise pull_error(command[0], image, words)
 
 
 def image_path(request: PayloadRequest, runtime: str, environ: Mapping[str, str]) -> Path:
@@ -174,14 +191,20 @@ def _description(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _described(path: Path) -> CachedImage | None:
-    """None as well for one whose file is gone, or was cut short: it is imported again."""
+def _entry(path: Path) -> CachedImage | None:
+    """None without a file. One that was cut short, or whose description is damaged, has no hash."""
     try:
-        said = read_json(_description(path))
-        used_at = _description(path).stat().st_mtime
-        if path.stat().st_size != said["size_bytes"]:
-            return None
-        return CachedImage(path, said["image"], said["sha256"], said["size_bytes"], used_at)
+        about = path.stat()
+        try:
+            said = read_json(_description(path))
+            whole = CachedImage(
+                path, str(said["image"]), str(said["sha256"]), about.st_size, _description(path).stat().st_mtime
+            )
+            if said["size_bytes"] == about.st_size:
+                return whole
+        except (FileNotFoundError, RegistryError, KeyError, TypeError):
+            pass
+        return CachedImage(path, "", "", about.st_size, about.st_mtime)
     except FileNotFoundError:
         return None
 
@@ -192,23 +215,41 @@ def _made_durable(path: Path) -> int:
         return os.fstat(file.fileno()).st_size
 
 
+@contextlib.contextmanager
+def _waiting(path: Path, kind: int) -> Iterator[None]:
+    try:
+        with _locked(path, kind, wait_s=_WAIT_S):
+            yield
+    except BlockingIOError as error:
+        raise ContainerError(
+            f"{path.name} has been in somebody else's hands for {_WAIT_S:g} s",
+            hint=f"If nobody imports it: remove {_lock(path)} and try again.",
+        ) from error
+
+
 def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
 @contextlib.contextmanager
-def _locked(path: Path, *, wait_s: float) -> Iterator[None]:
+def _locked(path: Path, kind: int, *, wait_s: float) -> Iterator[None]:
     """Raises BlockingIOError when somebody else has held it all the time.
 
     A lock of fcntl(2), which NFS knows between machines and which ends with its holder. Where there are none, two
     may import at once: each gives its own file the same name, whole.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(_lock(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if kind != fcntl.LOCK_SH or error.errno not in (errno.EACCES, errno.EROFS):
+            raise
+        yield  # another user's cache: what is whole may be read
+        return
     until = time.monotonic() + wait_s
     try:
         while True:
             try:
-                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.lockf(descriptor, kind | fcntl.LOCK_NB)
                 break
             except (BlockingIOError, PermissionError):
                 if time.monotonic() >= until:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from orchestrator.containers.failures import full_store
 from orchestrator.containers.image_cache import image_path
 from orchestrator.containers.payload import Mount, Payload, PayloadRequest
 from orchestrator.containers.process import run_client, spawn, words_of
@@ -20,7 +22,8 @@ from orchestrator.errors import ContainerError
 from orchestrator.spec.images import mount_refusal
 
 _CREATE_S = 1800.0  # unpacks gigabytes
-_COMMAND_S = 300.0  # and removes them
+_COMMAND_S = 300.0
+_REMOVE_S = 15.0  # at the end, when a save may have left little time; the next attempt removes what is left
 _COMMAND_SCRIPT = '#!/bin/sh\nexec "$@"\n'
 
 
@@ -33,14 +36,23 @@ class PyxisRuntime:
         self._environ = environ
 
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
-        """File systems of older attempts; their processes have ended with their agent (by the leash)."""
+        """File systems of older attempts; their processes have ended with their agent (by the leash).
+
+        One that cannot be removed takes room and nothing else.
+        """
         before = container_name(run_dir, node, 0)[: -len("0")]
         names = self._ask("list").split()
         attempts = {name: name.removeprefix(before) for name in names if name.startswith(before)}
         old = [name for name, attempt in attempts.items() if attempt.isdigit() and int(attempt) < before_attempt]
-        for name in old:
+        return [name for name in old if self._removed(name)]
+
+    def _removed(self, name: str) -> bool:
+        try:
             self._ask("remove", "--force", name)
-        return old
+        except ContainerError as error:
+            print(f"orch: {error}", file=sys.stderr, flush=True)
+            return False
+        return True
 
     def start(self, request: PayloadRequest) -> Payload:
         """Unpack the image and start PID 1 in it."""
@@ -49,30 +61,28 @@ class PyxisRuntime:
                 raise ContainerError(reason, hint="Take another root or workspace, or another runtime.")
         path = image_path(request, self.name, self._environ)
         name = container_name(request.run_dir, request.node, request.attempt)
-        self._ask("create", f"--name={name}", str(path), timeout_s=_CREATE_S)
         try:
+            self._ask("create", f"--name={name}", str(path), timeout_s=_CREATE_S)
             script = request.scratch / "rc"
             script.write_text(_COMMAND_SCRIPT)
             environ = {**self._environ, **environment(request), "ENROOT_LOGIN_SHELL": "no"}
             hint = "Install enroot on the compute nodes, or use another runtime."
             child = spawn("enroot", start_command(request, name, script), request, environ, hint)
-        except BaseException as error:
-            try:
-                self._ask("remove", "--force", name)
-            except ContainerError as second:  # must not hide the first
-                error.add_note(f"and it could not be removed: {second.message}")
+        except BaseException:
+            self._removed(name)  # half of one fills the disk as well
             raise
         return PyxisPayload(self, child, name)
 
     def remove(self, name: str) -> None:
-        """Remove an unpacked image. Raises ContainerError."""
-        self._ask("remove", "--force", name)
+        """Remove an unpacked image, if that is soon done. Raises ContainerError."""
+        self._ask("remove", "--force", name, timeout_s=_REMOVE_S)
 
     def _ask(self, *arguments: str, timeout_s: float = _COMMAND_S) -> str:
         hint = "Look at the disk of ENROOT_DATA_PATH on that node."
         done = run_client(["enroot", *arguments], environ=self._environ, timeout_s=timeout_s, hint=hint)
         if done.returncode != 0:
-            raise ContainerError(f"enroot {arguments[0]}: {words_of(done.stderr)}", hint=hint)
+            words = words_of(done.stderr)
+            raise full_store("enroot", words) or ContainerError(f"enroot {arguments[0]}: {words}", hint=hint)
         return done.stdout
 
 
@@ -115,14 +125,17 @@ def container_name(run_dir: str, node: str, attempt: int) -> str:
 
 
 def environment(request: PayloadRequest) -> dict[str, str]:
-    """What travels into the container by name. The GPUs are asked for even if there are none: images say `all`."""
+    """What travels into the container by name. The GPUs are asked for even if there are none: images say `all`.
+
+    HOME is the container's /tmp, which is memory: enroot sets none where it runs no login shell.
+    """
     devices = ",".join(request.gpus) or "void"
     visible = {"CUDA_VISIBLE_DEVICES": ",".join(request.gpus)} if request.gpus else {}
-    return {**request.environ, **visible, "NVIDIA_VISIBLE_DEVICES": devices}
+    return {"HOME": "/tmp", **request.environ, **visible, "NVIDIA_VISIBLE_DEVICES": devices}
 
 
 def start_command(request: PayloadRequest, name: str, script: Path) -> list[str]:
-    """Pure. `--rc` takes the place of the image's own entrypoint; a bare `--env NAME` carries any value."""
+    """Pure. `--rc` takes the place of the image's own entrypoint; values travel beside the list, by `--env NAME`."""
     command = ["enroot", "start", "--rw", f"--rc={script}"]
     for variable in environment(request):
         command += ["--env", variable]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.containers.image_cache import SUFFIXES, CachedImage, ImageCache
@@ -21,6 +20,7 @@ from orchestrator.paths import RootPaths
 from orchestrator.spec import load_site, resolve_root
 from orchestrator.spec.images import (
     NAME,
+    digest_of,
     file_pin,
     find_lock,
     image_refusal,
@@ -30,8 +30,6 @@ from orchestrator.spec.images import (
 )
 from orchestrator.spec.site import RUNTIMES
 from orchestrator.spec.units import Duration, Memory
-
-_ABANDONED_S = 86_400  # no import takes so long
 
 
 def pull_image(
@@ -103,11 +101,10 @@ def prune_images(
     limits = _limits(max_age, max_size)
     cache = _cache(root, environ)
     entries = cache.entries()
-    wanted = _images_of_runs(root, environ)
-    doomed = [entry for entry in _beyond(entries, *limits) if entry.image not in wanted]
+    doomed = _beyond(entries, *limits, keep=_digests_of_runs(root, environ))
     removed = [entry for entry in doomed if dry_run or cache.remove(entry)]
     if not dry_run:
-        _sweep(cache)
+        cache.sweep()
     left = [entry for entry in entries if entry not in removed]
     return PrunedImages(
         tuple(PulledImage(e.image, _runtime_of(e), str(e.path), e.size_bytes, True) for e in removed),
@@ -131,9 +128,7 @@ def _runtime(given: str | None, environ: Mapping[str, str]) -> str:
 
 
 def _cache(root: str | Path | None, environ: Mapping[str, str]) -> ImageCache:
-    site = load_site(environ)
-    paths = RootPaths(resolve_root(root or site.root, environ))
-    return ImageCache(paths.images(site.caches), environ)
+    return ImageCache(RootPaths(resolve_root(root or load_site(environ).root, environ)).images, environ)
 
 
 def _names() -> Mapping[str, str]:
@@ -191,22 +186,30 @@ def _file_problem(path: Path, digest: str) -> str | None:
 # --- prune
 
 
-def _beyond(entries: Iterable[CachedImage], age: float | None, most: int | None) -> list[CachedImage]:
-    """Too old ones, then, least recently used first, as many as it takes."""
-    ordered = sorted(entries, key=lambda entry: entry.used_at)
-    now = time.time()
-    doomed = [entry for entry in ordered if age is not None and now - entry.used_at > age]
-    left = [entry for entry in ordered if entry not in doomed]
-    total = sum(entry.size_bytes for entry in left)
-    for entry in left:
-        if most is None or total <= most:
-            break
-        doomed.append(entry)
-        total -= entry.size_bytes
+def _beyond(
+    entries: Sequence[CachedImage], age: float | None, most: int | None, *, keep: set[str]
+) -> list[CachedImage]:
+    """Too old ones, then, least recently used first, as many as it takes; only the user's own."""
+    free = [entry for entry in entries if entry.digest not in keep and _is_ours(entry.path)]
+    now, total = time.time(), sum(entry.size_bytes for entry in entries)
+    doomed = []
+    for entry in free:
+        too_old = age is not None and now - entry.used_at > age
+        if too_old or (most is not None and total > most):
+            doomed.append(entry)
+            total -= entry.size_bytes
     return doomed
 
 
-def _images_of_runs(root: str | Path | None, environ: Mapping[str, str]) -> set[str]:
+def _is_ours(path: Path) -> bool:
+    """Whose runs need another user's file cannot be told."""
+    try:
+        return path.stat().st_uid == os.getuid()
+    except FileNotFoundError:
+        return False
+
+
+def _digests_of_runs(root: str | Path | None, environ: Mapping[str, str]) -> set[str]:
     """Of runs that may start again. Raises RegistryError where one cannot be read: it may be one of them."""
     places = {*known_roots(environ), resolve_root(root or load_site(environ).root, environ)}
     records, unreadable = records_of(places)
@@ -216,18 +219,9 @@ def _images_of_runs(root: str | Path | None, environ: Mapping[str, str]) -> set[
         )
     alive = [record.paths for record in records if not is_settled(record)]
     # One without a plan was not started by `orch submit`: it has no image of ours.
-    return {str(agent_plan(paths)["container"]["image"]) for paths in alive if paths.agent_plan.exists()}
+    plans = [agent_plan(paths) for paths in alive if paths.agent_plan.exists()]
+    return {digest_of(str(plan["container"]["image"])) for plan in plans}
 
 
 def _runtime_of(entry: CachedImage) -> str:
     return next(runtime for runtime, suffix in SUFFIXES.items() if entry.path.suffix == suffix)
-
-
-def _sweep(cache: ImageCache) -> None:
-    """Scratch directories of imports that were killed long ago."""
-    for path in cache.leftovers():
-        try:
-            if time.time() - path.stat().st_mtime > _ABANDONED_S:
-                shutil.rmtree(path)
-        except FileNotFoundError:  # an import that has just ended
-            continue

@@ -21,10 +21,18 @@ if TYPE_CHECKING:
 # The login environment does not leak into jobs (`--export=ALL` would); these few are needed to find programs and the
 # engine. SLURM_* always travel.
 EXPORTED = (
+    "APPTAINER_CACHEDIR",
+    "APPTAINER_CONFIGDIR",
+    "APPTAINER_TMPDIR",
     "CONTAINERS_CONF",
     "CONTAINERS_REGISTRIES_CONF",
     "CONTAINERS_STORAGE_CONF",
     "DOCKER_HOST",
+    "ENROOT_CACHE_PATH",
+    "ENROOT_CONFIG_PATH",
+    "ENROOT_DATA_PATH",
+    "ENROOT_RUNTIME_PATH",
+    "ENROOT_TEMP_PATH",
     "HOME",
     "LANG",
     "LC_ALL",
@@ -137,7 +145,6 @@ def render_agent_plan(
             "runtime": spec.container.runtime,
             "image": spec.container.image,
             "mounts": [mount.model_dump() for mount in spec.container.mounts],
-            "image_dir": str(RootPaths(root).images(mounted_caches(spec))),
         },
         "checkpoint": {**spec.checkpoint.model_dump(), "uri": checkpoint_uri(spec, paths)},
         "signal": spec.preemption.signal,
@@ -150,12 +157,6 @@ def render_agent_plan(
         "notify": None if spec.notify is None else spec.notify.model_dump(mode="json"),
         "after": list(spec.after),
     }
-
-
-def mounted_caches(spec: JobSpec) -> str | None:
-    """The site profile's `caches`, as it arrives in a spec: the same path inside and outside."""
-    caches = spec.env.get("XDG_CACHE_HOME")
-    return caches if any(mount.source == mount.target == caches for mount in spec.container.mounts) else None
 
 
 def program_argv(spec: JobSpec) -> list[str]:

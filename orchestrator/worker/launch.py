@@ -187,7 +187,7 @@ class Launch:
     def start(self) -> subprocess.Popen[bytes]:
         """Start the program with the environment of the config; ranks write their own logs, the rest goes to ours."""
         config = self.config
-        environ = {**os.environ, **config["env"]}
+        environ = {**config["defaults"], **os.environ, **config["env"]}
         # Behind whatever the image or the user put there: ours serves images that have nothing of ours.
         paths = [environ.get("PYTHONPATH"), config["library"]]
         environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)

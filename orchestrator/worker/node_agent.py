@@ -36,6 +36,8 @@ _NOT_EXECUTABLE, _NOT_FOUND = 126, 127  # what a shell says, and what PID 1 says
 _PEER_LOOK_S = 2.0
 _PEER_GRACE_S = 10.0  # for the ranks here to say themselves why they failed
 _DEADLINE_SLACK_S = 3.0  # PID 1 ends what is left so long after the deadline …
+# A node may begin long after another one, which has the image already. That one is dead its peers know by themselves.
+_PATIENCE = "join_timeout=1800,read_timeout=1800"
 _KILL_SLACK_S = 8.0  # … and the agent ends PID 1
 _FIRST_DEADLINE_S = 20.0  # until the scheduler has told the true one; the shortest grace in common use
 _TERMINAL = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?)")  # CSI and OSC sequences (ECMA-48)
@@ -259,6 +261,7 @@ class NodeAgent:
             "torchrun": self._torchrun_args(directory),
             "cwd": orders["code_dir"],
             "library": orders["library_dir"],
+            "defaults": self._cache_places(),
             "env": self._program_environment(directory),
             "signal": orders["signal"],
             "leash": str(directory.leash),
@@ -278,19 +281,19 @@ class NodeAgent:
     def _caches(self) -> Path:
         return self.paths.root.caches
 
+    def _cache_places(self) -> dict[str, str]:
+        """Where downloads go if neither image, set-up nor spec say so: a home directory is small, memory is dear."""
+        base = self.orders["env"].get("XDG_CACHE_HOME") or str(self._caches)
+        return {"XDG_CACHE_HOME": base, "HF_HOME": f"{base}/huggingface", "TORCH_HOME": f"{base}/torch"}
+
     def _program_environment(self, directory: NodeDirectory) -> dict[str, str]:
         orders = self.orders
-        caches = orders["env"].get("XDG_CACHE_HOME") or str(self._caches)
         nproc = orders["torchrun"]["nproc_per_node"] if orders["torchrun"] is not None else 1
         environment = {
             # Results depend on it, so it is set and not left to the node (PROTOCOLS 2); `env:` may override it.
             "OMP_NUM_THREADS": str(max(1, (orders["cpus_per_task"] or 1) // nproc)),
             "PYTHONUNBUFFERED": "1",  # a log that ends in a killed process's buffer hides why it was killed
             "PYTHONDONTWRITEBYTECODE": "1",  # the snapshot is shared and read-only
-            # Not a home directory, which is small as a rule, nor the container's memory.
-            "XDG_CACHE_HOME": caches,
-            "HF_HOME": f"{caches}/huggingface",
-            "TORCH_HOME": f"{caches}/torch",
             **orders["env"],
             **self._secrets(),
             "ORCH_RUN_ID": orders["run_id"],
@@ -338,7 +341,7 @@ class NodeAgent:
             f"--rdzv-backend={torchrun['rdzv_backend']}",
             f"--rdzv-endpoint={place.rendezvous_host}:{port}",
             f"--rdzv-id={run_id}.{place.attempt}",
-            f"--rdzv-conf=is_host={'1' if place.node == 0 else '0'},join_timeout=300",
+            f"--rdzv-conf=is_host={'1' if place.node == 0 else '0'},{_PATIENCE}",
         ]
         if place.local_address is not None:
             arguments.append(f"--local-addr={place.local_address}")
@@ -386,7 +389,7 @@ class NodeAgent:
             cpuset=step_cpus(),
             host_network=self.place.nodes > 1,
             verify_image=self.place.node == 0,
-            images=Path(container["image_dir"]),
+            images=self.paths.root.images,
             devices=infiniband() if self.place.nodes > 1 else (),
             gpus=step_gpus(orders["gpus_per_node"], self.environ),
             scratch=directory.path,

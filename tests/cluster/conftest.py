@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from tests.cluster.handle import Cluster
 from tests.cluster.orch import Orch
 from tests.cluster.requirements import why_not
+from tests.cluster.service import Service, accepts, free_port
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,6 +49,34 @@ def cluster(cluster_session: Cluster) -> Iterator[Cluster]:
     """An idle cluster with slurmdbd, dockerd and the image; the test's jobs and containers are removed after it."""
     yield cluster_session
     cluster_session.tidy()
+
+
+@pytest.fixture(scope="session")
+def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A registry on loopback; its `host:port`."""
+    directory = tmp_path_factory.mktemp("registry")
+    port = free_port()
+    config = {
+        "version": "0.1",
+        "log": {"level": "warn"},
+        "storage": {"filesystem": {"rootdirectory": str(directory / "data")}},
+        "http": {"addr": f"127.0.0.1:{port}"},
+    }
+    (directory / "config.yml").write_text(json.dumps(config))  # JSON is YAML
+    service = Service(
+        name="docker-registry",
+        argv=["docker-registry", "serve", str(directory / "config.yml")],
+        env={"PATH": "/usr/bin:/bin"},
+        log=directory / "registry.log",
+        ready=lambda: accepts(port),
+        timeout=30,
+    )
+    service.start()
+    try:
+        service.wait_ready()
+        yield f"127.0.0.1:{port}"
+    finally:
+        service.stop()
 
 
 @pytest.fixture

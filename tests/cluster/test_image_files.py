@@ -81,7 +81,7 @@ def test_preempted_resumed_and_finished(orch: Orch, cluster: Cluster, image: Pat
     assert [event["runtime"] for event in orch.events(run, "container_started")] == [runtime] * 2
     starts = calls(orch, "exec" if runtime == "apptainer" else "create")
     suffix = ".sif" if runtime == "apptainer" else ".sqsh"
-    file = image if kind == "file" else orch.root / "caches" / "images" / f"{HASH}{suffix}"
+    file = image if kind == "file" else orch.root / "images" / f"{HASH}{suffix}"
     assert len(starts) == 2
     assert all(str(file) in call for call in starts)
     assert len(calls(orch, "pull" if runtime == "apptainer" else "import")) == (kind == "registry")
@@ -119,4 +119,4 @@ def test_what_no_registry_gives_ends_the_run_with_its_words(orch: Orch, cluster:
     told = json.dumps(orch.events(run, "verdict"))
     assert f"cannot pull {pin} on node" in told
     assert "manifest unknown" in told
-    assert list((orch.root / "caches" / "images").glob(f"{HASH}.*")) == []
+    assert list((orch.root / "images").glob(f"{HASH}.*")) == []

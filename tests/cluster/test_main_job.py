@@ -13,10 +13,12 @@ import pytest
 
 from jobs.data.digits import write_digits
 from tests.cluster.handle import Cluster
+from tests.cluster.image import lock_python
 from tests.cluster.orch import REPOSITORY, Orch
 from tests.equality import assert_same_run
 
 pytestmark = pytest.mark.alone
+STUBS = Path(__file__).parent / "stubs"
 IMAGES = 640
 EPOCHS = 5
 BATCH = 64
@@ -121,6 +123,47 @@ def test_preempted_three_times_it_equals_the_untouched_run_on_another_runtime(
     assert (calm == run) == (calm_runtime != "none"), "an engine does not make another run of it, an image does"
     assert calm_orch.wait_for_state(calm, "completed", timeout=400)["attempt"] == 0
     assert_same_run(calm_orch.run_dir(calm), orch.run_dir(run))
+
+
+def one_spec(base: dict[str, Any], runtime: str, image: str, directory: Path) -> dict[str, Any]:
+    """The same job; only the container and the interpreter differ. apptainer and enroot are stubs, which start the
+    program with the interpreter that `none` has."""
+    python = lock_python()
+    setup = [
+        f"export ORCH_NODE_DIR={directory}/node ENROOT_DATA_PATH={directory}/unpacked ORCH_STUB_LOG={directory}/calls",
+        f'export ORCH_STUB_PATH="{python.parent}:$PATH" PATH="{STUBS}:$PATH"',
+    ]
+    slurm = {**base["slurm"], "setup": setup}
+    if runtime == "none":
+        return {**base, "container": {"runtime": "none"}, "slurm": {**slurm, "python": str(python)}}
+    return {**base, "container": {**base["container"], "runtime": runtime, "image": image}, "slurm": slurm}
+
+
+def test_one_spec_on_every_runtime(orch: Orch, cluster: Cluster, digits: Path, workspace: Path, registry: str) -> None:
+    tag = f"{registry}/lab/pretrain:1"
+    cluster.run("docker", "tag", cluster.image, tag)
+    cluster.run("docker", "push", "--quiet", tag, timeout=300)
+    image = orch.json("image", "lock", tag)["image"]
+    cluster.run("docker", "rmi", tag, image, check=False)
+    assert image.startswith(f"{registry}/lab/pretrain@sha256:")
+    base = main_job(cluster, digits, workspace, nodes=1, nproc=1, runtime="docker", epochs=20)
+    base["job"]["args"]["data"] = str(digits)
+    base["container"]["mounts"] = [{"source": str(digits), "target": str(digits), "read_only": True}]
+    runs = {}
+    for runtime in ("docker", "podman", "none", "apptainer", "pyxis"):
+        here = Orch(cluster, orch.directory)
+        here.root = orch.directory / runtime
+        spec = one_spec(base, runtime, image, orch.directory)
+        run = here.submit({**spec, "root": str(here.root)}, timeout=300)["run_id"]
+        here.wait_for_step(run, 5, timeout=300)
+        cluster.preempt(nodes=3, seconds=1)
+        assert here.wait_for_state(run, "completed", timeout=400)["attempt"] == 1
+        assert_no_step_was_lost_or_repeated(here, run, IMAGES // BATCH * 20)
+        assert [event["runtime"] for event in here.events(run, "container_started")] == [runtime] * 2
+        runs[runtime] = here.run_dir(run)
+    assert len({path.name for runtime, path in runs.items() if runtime != "none"}) == 1, "no runtime makes another run"
+    for path in runs.values():
+        assert_same_run(runs["docker"], path)
 
 
 @pytest.mark.parametrize("nproc", [1, 2])

@@ -11,7 +11,6 @@ from tests.cluster.handle import Cluster
 from tests.cluster.image import base_system
 from tests.cluster.orch import Orch
 from tests.cluster.programs import script_spec
-from tests.cluster.service import Service, accepts, free_port
 
 # Of somebody who has never heard of orch: counts in a file of its own, and ends by itself when it is told.
 PROGRAM = """
@@ -29,34 +28,6 @@ while not stop:
     time.sleep(0.05)
 sys.exit(75)
 """
-
-
-@pytest.fixture(scope="module")
-def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A registry on loopback; its `host:port`."""
-    directory = tmp_path_factory.mktemp("registry")
-    port = free_port()
-    config = {
-        "version": "0.1",
-        "log": {"level": "warn"},
-        "storage": {"filesystem": {"rootdirectory": str(directory / "data")}},
-        "http": {"addr": f"127.0.0.1:{port}"},
-    }
-    (directory / "config.yml").write_text(json.dumps(config))  # JSON is YAML
-    service = Service(
-        name="docker-registry",
-        argv=["docker-registry", "serve", str(directory / "config.yml")],
-        env={"PATH": "/usr/bin:/bin"},
-        log=directory / "registry.log",
-        ready=lambda: accepts(port),
-        timeout=30,
-    )
-    service.start()
-    try:
-        service.wait_ready()
-        yield f"127.0.0.1:{port}"
-    finally:
-        service.stop()
 
 
 @pytest.fixture

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -76,12 +79,12 @@ def test_imported_once_and_found_again(cache: ImageCache, tmp_path: Path) -> Non
 
 
 FETCH = """
-import sys, time
+import fcntl, sys, time
 from pathlib import Path
-from orchestrator.containers.image_cache import ImageCache
+from orchestrator.containers.image_cache import ImageCache, _waiting
 cache = ImageCache(Path(sys.argv[1]))
 if sys.argv[3:]:
-    with cache._alone(cache.path(sys.argv[2], "apptainer")):
+    with _waiting(cache.path(sys.argv[2], "apptainer"), fcntl.LOCK_EX):
         Path(sys.argv[3]).touch()
         time.sleep(60)
 print(cache.fetch(sys.argv[2], "apptainer").path)
@@ -106,7 +109,8 @@ def test_one_that_was_cut_short_is_imported_again(cache: ImageCache, tmp_path: P
     path = cache.fetch(PIN, "apptainer").path
     path.write_text("squ")
     assert cache.find(PIN, "apptainer") is None
-    assert cache.entries() == []
+    (listed,) = cache.entries()
+    assert listed.problem() == "its import was cut short, or its description is damaged"
     assert cache.fetch(PIN, "apptainer").path.read_text() == "squashed\n"
 
 
@@ -117,6 +121,37 @@ def test_a_damaged_one_is_found_by_whoever_is_to_verify_it(cache: ImageCache, tm
     assert cache.fetch(PIN, "apptainer").path.read_text() == "squaShed\n"
     assert cache.fetch(PIN, "apptainer", verify=True).path.read_text() == "squashed\n"
     assert calls(tmp_path) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"image": "x", "sha256": "y", "size_bytes": "z"}'])
+def test_a_damaged_description_is_none(cache: ImageCache, tmp_path: Path, content: str) -> None:
+    cache.fetch(PIN, "apptainer").description.write_text(content)
+    assert [entry.sha256 for entry in cache.entries()] == [""]
+    assert cache.fetch(PIN, "apptainer").problem() is None
+    assert calls(tmp_path) == 2
+
+
+def test_many_may_verify_at_once(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In processes of their own the readers would queue up behind an exclusive lock."""
+    cache.fetch(PIN, "apptainer")
+    kinds: list[int] = []
+    real = fcntl.lockf
+    monkeypatch.setattr(fcntl, "lockf", lambda fd, kind: (kinds.append(kind & ~fcntl.LOCK_NB), real(fd, kind)))
+    cache.fetch(PIN, "apptainer", verify=True)
+    assert kinds == [fcntl.LOCK_SH]
+
+
+def test_another_user_s_cache_can_be_read(cache: ImageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.fetch(PIN, "apptainer")
+
+    def refused(*_: object) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refused)
+    monkeypatch.setattr(os, "utime", refused)
+    assert cache.fetch(PIN, "apptainer").image == PIN
+    with pytest.raises(ContainerError, match=r"cannot keep other@.*Permission denied"):
+        cache.fetch(f"other@sha256:{HASH[::-1]}", "apptainer")
 
 
 def test_a_failed_import_leaves_nothing(cache: ImageCache, tmp_path: Path) -> None:
@@ -135,7 +170,11 @@ def test_what_may_pass_is_tried_again(cache: ImageCache, tmp_path: Path, monkeyp
     stub(tmp_path, 'echo "503 Service Unavailable" >&2; exit 1')
     with pytest.raises(ContainerError, match="503 Service Unavailable"):
         cache.fetch(f"other@sha256:{HASH[::-1]}", "apptainer")
-    assert calls(tmp_path) == 3 + 4
+    assert calls(tmp_path) == 3 + 5
+    stub(tmp_path, 'echo "denied" >&2; exit 1')
+    with pytest.raises(ContainerError, match="denied"):
+        cache.fetch(f"lab/timeout-503@sha256:{HASH[::-1]}", "apptainer")
+    assert calls(tmp_path) == 3 + 5 + 1, "what counts is what the registry says"
 
 
 def test_an_import_that_hangs_is_ended(cache: ImageCache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,6 +202,9 @@ def test_one_that_is_being_imported_is_not_removed(cache: ImageCache, tmp_path: 
             time.sleep(0.01)
         assert not cache.remove(entry)
         holder.kill()
-    assert cache.remove(entry), "a lock ends with its holder"
+    used = cache.fetch(PIN, "apptainer")
+    assert not cache.remove(replace(entry, used_at=0.0)), "it has been used since"
+    assert cache.remove(cache.entries()[0]), "a lock ends with its holder"
+    assert used.path == entry.path
     assert cache.entries() == []
     assert not entry.path.exists()

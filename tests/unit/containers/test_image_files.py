@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,7 +140,7 @@ TAIL = ["/bin/sh", "-c", 'cd "$0" && exec "$@"', "/code", *ARGV]
 
 def test_enroot_is_asked_to_start_what_it_has_unpacked() -> None:
     assert start_command(request(cwd="/code"), NAME, Path("/n/rc")) == [
-        "enroot", "start", "--rw", "--rc=/n/rc", "--env", "NVIDIA_VISIBLE_DEVICES", NAME, *TAIL,
+        "enroot", "start", "--rw", "--rc=/n/rc", "--env", "HOME", "--env", "NVIDIA_VISIBLE_DEVICES", NAME, *TAIL,
     ]  # fmt: skip
 
 
@@ -151,12 +152,15 @@ def test_enroot_s_mounts_are_fields_of_an_fstab() -> None:
 
 
 def test_enroot_gets_values_by_name_and_only_the_gpus_of_the_step() -> None:
-    asked = request(gpus=("2", "3"), environ={"A": "b,c=$(d)\n"})
+    asked = request(gpus=("2", "3"), environ={"A": "b,c=$(d)"})
     command = start_command(asked, NAME, Path("/n/rc"))
-    assert command[4:10] == ["--env", "A", "--env", "CUDA_VISIBLE_DEVICES", "--env", "NVIDIA_VISIBLE_DEVICES"]
-    values = {"A": "b,c=$(d)\n", "CUDA_VISIBLE_DEVICES": "2,3", "NVIDIA_VISIBLE_DEVICES": "2,3"}
+    named = ["HOME", "A", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"]
+    assert command[4:12] == [word for name in named for word in ("--env", name)]
+    values = {"HOME": "/tmp", "A": "b,c=$(d)", "CUDA_VISIBLE_DEVICES": "2,3", "NVIDIA_VISIBLE_DEVICES": "2,3"}
     assert pyxis.environment(asked) == values
-    assert pyxis.environment(request()) == {"NVIDIA_VISIBLE_DEVICES": "void"}, "an image may ask for all"
+    assert pyxis.environment(request()) == {"HOME": "/tmp", "NVIDIA_VISIBLE_DEVICES": "void"}, (
+        "an image may ask for all"
+    )
 
 
 def test_an_unpacked_image_is_named_by_run_node_and_attempt() -> None:
@@ -195,6 +199,31 @@ def test_of_older_attempts_here_nothing_stays_unpacked(enroot: PyxisRuntime, tmp
         (tmp_path / "data" / name).mkdir(parents=True)
     assert enroot.remove_leftovers(mine, "n7", 3) == [old]
     assert {path.name for path in (tmp_path / "data").iterdir()} == {own, later, *others}
+
+
+def test_half_of_an_image_is_not_left_on_a_full_disk(
+    enroot: PyxisRuntime, image: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = enroot._ask
+
+    def full(*arguments: str, **options: Any) -> str:
+        said = real(*arguments, **options)
+        if arguments[0] == "create":
+            raise ContainerError("no space left on device")
+        return said
+
+    monkeypatch.setattr(enroot, "_ask", full)
+    with pytest.raises(ContainerError, match="no space left"):
+        enroot.start(request(image=image, cwd="/usr", scratch=tmp_path, log=tmp_path / "log"))
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_what_cannot_be_removed_keeps_no_attempt_from_starting(enroot: PyxisRuntime, tmp_path: Path) -> None:
+    mine = "/root=a/runs/run-0123456789"
+    stuck = tmp_path / "data" / container_name(mine, "n7", 2)
+    stuck.parent.mkdir()
+    stuck.symlink_to("/nowhere")
+    assert enroot.remove_leftovers(mine, "n7", 3) == []
 
 
 def test_what_cannot_be_started_is_not_left_unpacked(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:

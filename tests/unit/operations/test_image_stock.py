@@ -33,7 +33,7 @@ def environ(tmp_path: Path) -> dict[str, str]:
 
 def cached(environ: dict[str, str], image: str, *, days: float, size: int = 100) -> CachedImage:
     """An imported image, last used so long ago."""
-    cache = ImageCache(RootPaths(Path(environ["ORCH_ROOT"])).images(None), environ)
+    cache = ImageCache(RootPaths(Path(environ["ORCH_ROOT"])).images, environ)
     entry = cache.fetch(image, "apptainer")
     content = bytes(size)
     entry.path.write_bytes(content)
@@ -51,7 +51,7 @@ def pin(letter: str) -> str:
 
 def test_a_file_that_every_node_sees(environ: dict[str, str], tmp_path: Path) -> None:
     pulled = operations.pull_image(PIN, runtime="apptainer", environ=environ)
-    assert pulled.path == str(tmp_path / "root" / "caches" / "images" / f"{HASH}.sif")
+    assert pulled.path == str(tmp_path / "root" / "images" / f"{HASH}.sif")
     assert (pulled.was_here, pulled.size_bytes) == (False, 9)
     assert operations.pull_image(PIN, runtime="apptainer", environ=environ).was_here
 
@@ -104,7 +104,7 @@ def test_what_is_damaged_or_missing_is_found(environ: dict[str, str], tmp_path: 
 
 
 def left(environ: dict[str, str]) -> set[str]:
-    cache = ImageCache(RootPaths(Path(environ["ORCH_ROOT"])).images(None), environ)
+    cache = ImageCache(RootPaths(Path(environ["ORCH_ROOT"])).images, environ)
     return {entry.image for entry in cache.entries()}
 
 
@@ -133,13 +133,16 @@ def test_nothing_is_removed_without_a_limit(environ: dict[str, str]) -> None:
 
 def test_what_a_run_may_start_from_stays(environ: dict[str, str], world: World) -> None:
     environ["ORCH_ROOT"] = str(world.root)
-    text = world.spec.read_text().replace("runtime: none", f"runtime: apptainer, image: '{pin('a')}'")
+    image = f"mirror.example/lab/{pin('a')}"  # another repository, the same image
+    text = world.spec.read_text().replace("runtime: none", f"runtime: apptainer, image: '{image}'")
     world.spec.write_text(text)
     done = world.submit()
     cached(environ, pin("a"), days=400)
     cached(environ, pin("b"), days=400)
     assert [image.image for image in prune(environ, max_age="30d").removed] == [pin("b")]
     assert left(environ) == {pin("a")}
+    cached(environ, pin("c"), days=1)
+    assert [image.image for image in prune(environ, max_size="150B").removed] == [pin("c")], "what stays takes room"
     world.paths(done.run_id).agent_plan.write_text("{")
     with pytest.raises(RegistryError, match="not valid JSON"):
         prune(environ, max_age="30d")

@@ -22,7 +22,6 @@ from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
 from orchestrator.spec import parse_spec
 from orchestrator.worker import agent as agent_module
-from orchestrator.worker.node import NodeDirectory
 from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node, step_cpus
 from orchestrator.worker.scheduler import LocalScheduler
 
@@ -106,15 +105,10 @@ def test_a_fault_of_our_own_is_told_like_any_other(tmp_path: Path, capsys: pytes
 
 def test_downloads_go_below_the_root_and_where_the_spec_says(tmp_path: Path) -> None:
     agent = make_agent(tmp_path)
-    directory = NodeDirectory(tmp_path / "nodes", "x")
-    names = ("XDG_CACHE_HOME", "HF_HOME", "TORCH_HOME")
-    environment = agent._program_environment(directory)
-    below = [f"{tmp_path}/caches", f"{tmp_path}/caches/huggingface", f"{tmp_path}/caches/torch"]
-    assert [environment[name] for name in names] == below
-    agent.orders["env"] = {"XDG_CACHE_HOME": "/fast", "TORCH_HOME": "/models"}
-    environment = agent._program_environment(directory)
-    assert [environment[name] for name in names] == ["/fast", "/fast/huggingface", "/models"]
-    directory.close()
+    below = {"XDG_CACHE_HOME": "caches", "HF_HOME": "caches/huggingface", "TORCH_HOME": "caches/torch"}
+    assert agent._cache_places() == {name: f"{tmp_path}/{place}" for name, place in below.items()}
+    agent.orders = {**agent.orders, "env": {"XDG_CACHE_HOME": "/fast"}}
+    assert agent._cache_places()["HF_HOME"] == "/fast/huggingface"
 
 
 def test_a_step_bound_to_some_processors_hands_them_on(monkeypatch: pytest.MonkeyPatch) -> None:

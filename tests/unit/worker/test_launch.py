@@ -56,6 +56,7 @@ class Node:
             "torchrun": None,
             "cwd": str(self.directory),
             "library": str(self.directory / "library"),
+            "defaults": {},
             "env": {},
             "signal": "USR1",
             "leash": str(self.directory / "leash"),
@@ -308,6 +309,21 @@ def test_the_memory_cgroup_is_our_own_and_never_the_whole_machines(tmp_path: Pat
     assert found(one, contained=True) == str(tmp_path / "memory")
     assert found(one, contained=False) is None
     assert launch.memory_report(str(tmp_path / "memory")) == {"kills": 1, "limit_bytes": 1000, "peak_bytes": 999}
+
+
+def test_defaults_lie_beneath_what_the_image_says_and_that_beneath_the_spec(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image may hold weights, and say where."""
+    monkeypatch.setenv("OF_IMAGE", "image")
+    monkeypatch.setenv("OF_SPEC", "image")
+    names = ("OF_NOBODY", "OF_IMAGE", "OF_SPEC")
+    defaults = dict.fromkeys(names, "default")
+    node.start(
+        python(f"import os; print([os.environ[n] for n in {names!r}])"), defaults=defaults, env={"OF_SPEC": "spec"}
+    )
+    assert node.exit_code() == 0
+    assert "['default', 'image', 'spec']" in node.log.read_text()
 
 
 @pytest.mark.parametrize(("contained", "code"), [(False, 75), (True, 0)])
