@@ -429,7 +429,7 @@ def _build_with_docker(build: Build) -> str:
         if not _succeeded(events, _both(build.tell, said.append), time.monotonic() + _BUILD_S):
             raise _build_error("docker", said)
         return str(client.images.get(build.tag).id)
-    except (docker.errors.DockerException, requests.RequestException, OSError, TypeError) as error:
+    except (docker.errors.DockerException, requests.RequestException, OSError) as error:
         raise ContainerError(
             f"docker cannot build: {error}", hint="look at the engine's log, and at its disk: docker system df"
         ) from error

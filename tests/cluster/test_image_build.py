@@ -36,20 +36,22 @@ print(orchestrator.__version__)
 """
 
 
-def checkout(directory: Path, time: int) -> Path:
-    """A copy of this one with other times, as the same commit; the folder of the image in it."""
+def copied(directory: Path) -> None:
+    """A commit of what is in this checkout now."""
     listed = ["git", "-C", str(REPOSITORY), "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SOURCES]
     for name in subprocess.run(listed, check=True, capture_output=True, text=True).stdout.split("\0"):
         if name and (REPOSITORY / name).is_file():
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(REPOSITORY / name, directory / name)
     identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    dates = {"GIT_AUTHOR_DATE": "2000-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2000-01-01T00:00:00Z"}
     for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--no-gpg-sign", "--message=x"]):
-        subprocess.run(["git", "-C", str(directory), *arguments], check=True, env={**os.environ, **identity, **dates})
+        subprocess.run(["git", "-C", str(directory), *arguments], check=True, env={**os.environ, **identity})
+
+
+def aged(directory: Path, time: int) -> None:
+    """Every file gets another time."""
     for path in directory.rglob("*"):
         os.utime(path, (time, time))
-    return directory / "containers" / "base"
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +63,14 @@ def built(cluster_session: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     caches = tmp_path_factory.mktemp("caches")
     (caches / "orch").symlink_to(cache_directory())
     cluster.run("podman", "import", "--quiet", str(base_system()), BASE, timeout=120)
+    checkouts = tmp_path_factory.mktemp("checkouts")
+    copied(checkouts / "0")
+    shutil.copytree(checkouts / "0", checkouts / "1")
     said = []
     for number, time in enumerate(TIMES):
-        directory = checkout(tmp_path_factory.mktemp(f"checkout{number}"), time)
-        argv = [sys.executable, "-m", "orchestrator", "image", "build", str(directory), f"--base={BASE}", "--json"]
+        aged(checkouts / str(number), time)
+        image = checkouts / str(number) / "containers" / "base"
+        argv = [sys.executable, "-m", "orchestrator", "image", "build", str(image), f"--base={BASE}", "--json"]
         done = cluster.run(*argv, f"--tag=orch-test/built:{number}", env={"XDG_CACHE_HOME": str(caches)}, timeout=900)
         said.append(json.loads(done.stdout))
     yield said
