@@ -451,7 +451,10 @@ def _succeeded(events: Iterable[Mapping[str, Any]], tell: Tell, until: float) ->
 
 def _build_error(builder: str, said: Iterable[str]) -> ContainerError:
     lines = list(said)
+    steps = [line for line in lines if re.search(r"\bstep \d+/\d+", line, re.IGNORECASE)]
     hint = "the build has no network: everything it installs must be a wheel that the lock pins"
+    if steps and re.search(r"\bFROM\b", steps[-1]):
+        hint = f"--base names an image that {builder} has, or can pull: see `{builder} images`"
     if any("DO NOT MATCH THE HASHES" in line for line in lines):
         hint = "a wheel in the cache was changed after its download: remove the directory, and build again"
     return ContainerError(f"{builder} build failed:\n" + "\n".join(lines), hint=hint)

@@ -357,6 +357,19 @@ def test_a_build_that_fails_says_its_last_words(place: Place) -> None:
     assert [path.name for path in place.cache.iterdir()] == [place.wheels().name]
 
 
+@pytest.mark.parametrize(
+    ("lines", "hint"),
+    [
+        (["[1/2] STEP 1/4: FROM nope AS installed", "Error: creating build container"], "--base names an image"),
+        (["Step 1/9 : FROM nope", "pull access denied"], "--base names an image"),
+        (["[1/2] STEP 1/4: FROM x", "[1/2] STEP 2/4: RUN false", "Error: exit status 1"], "has no network"),
+        (["STEP 2/4: RUN pip", "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES"], "remove the directory"),
+    ],
+)
+def test_what_to_do_about_a_build_that_failed(lines: list[str], hint: str) -> None:
+    assert hint in str(image_build._build_error("podman", lines).hint)
+
+
 def test_a_directory_without_a_dockerfile(place: Place) -> None:
     (place.directory / "Dockerfile").unlink()
     with pytest.raises(SpecError, match=r"cannot read .*Dockerfile"):
