@@ -44,7 +44,11 @@ def copied(directory: Path) -> None:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(REPOSITORY / name, directory / name)
     identity = {f"GIT_{who}_{what}": "x" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
-    for arguments in (["init", "--quiet"], ["add", "."], ["commit", "--quiet", "--no-gpg-sign", "--message=x"]):
+    for arguments in (
+        ["init", "--quiet"],
+        ["add", "."],
+        ["commit", "--quiet", "--no-gpg-sign", "--no-verify", "--message=x"],
+    ):
         subprocess.run(["git", "-C", str(directory), *arguments], check=True, env={**os.environ, **identity})
 
 
@@ -54,24 +58,21 @@ def aged(directory: Path, time: int) -> None:
         os.utime(path, (time, time))
 
 
-@pytest.fixture(scope="module")
-def built(cluster_session: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict[str, Any]]]:
+@pytest.fixture
+def built(cluster: Cluster, tmp_path: Path) -> Iterator[list[dict[str, Any]]]:
     """What two builds of `base` say, from two directories."""
-    cluster = cluster_session
     with locked(cache_directory()):
         ensure_wheels(read_hashed_lock(BASE_LOCK), cache_directory())
-    caches = tmp_path_factory.mktemp("caches")
-    (caches / "orch").symlink_to(cache_directory())
+    (tmp_path / "orch").symlink_to(cache_directory())
     cluster.run("podman", "import", "--quiet", str(base_system()), BASE, timeout=120)
-    checkouts = tmp_path_factory.mktemp("checkouts")
-    copied(checkouts / "0")
-    shutil.copytree(checkouts / "0", checkouts / "1")
+    copied(tmp_path / "0")
+    shutil.copytree(tmp_path / "0", tmp_path / "1")
     said = []
     for number, time in enumerate(TIMES):
-        aged(checkouts / str(number), time)
-        image = checkouts / str(number) / "containers" / "base"
+        aged(tmp_path / str(number), time)
+        image = tmp_path / str(number) / "containers" / "base"
         argv = [sys.executable, "-m", "orchestrator", "image", "build", str(image), f"--base={BASE}", "--json"]
-        done = cluster.run(*argv, f"--tag=orch-test/built:{number}", env={"XDG_CACHE_HOME": str(caches)}, timeout=900)
+        done = cluster.run(*argv, f"--tag=orch-test/built:{number}", env={"XDG_CACHE_HOME": str(tmp_path)}, timeout=900)
         said.append(json.loads(done.stdout))
     yield said
     tags = [f"orch-test/built:{number}" for number in range(len(TIMES))]
@@ -84,29 +85,21 @@ def inspected(cluster: Cluster, builder: str, image: str) -> Any:
 
 
 def test_the_same_inputs_give_the_same_image(cluster: Cluster, built: list[dict[str, Any]]) -> None:
+    """One test, because a build takes a minute: the image is looked at, too."""
     first, second = built
-    assert (first["builder"], first["reproducible"]) == ("podman", True)
+    assert (first["builder"], first["reproducible"], len(first["revision"])) == ("podman", True, 40)
     assert {**first, "tag": None} == {**second, "tag": None}
-    digests = {inspected(cluster, "podman", one["tag"])["Digest"] for one in built}
-    assert len(digests) == 1
-
-
-def test_the_image_says_what_it_was_made_of(cluster: Cluster, built: list[dict[str, Any]]) -> None:
-    first = built[0]
-    assert len(first["revision"]) == 40
-    config = inspected(cluster, "podman", first["image"].removeprefix("sha256:"))["Config"]
+    found = [inspected(cluster, "podman", one["tag"]) for one in built]
+    assert found[0]["Digest"] == found[1]["Digest"]
+    config = found[0]["Config"]
+    assert (config["User"], config["Entrypoint"]) == ("65532:65532", ["orch"])
     assert config["Labels"] == {
         "org.opencontainers.image.revision": first["revision"],
         "orch.lock.sha256": read_hashed_lock(BASE_LOCK).sha256,
     }
-    assert (config["User"], config["Entrypoint"]) == ("65532:65532", ["orch"])
-
-
-def test_it_works_without_network_as_a_user_and_holds_no_tools(cluster: Cluster, built: list[dict[str, Any]]) -> None:
-    run, tag = ["podman", "run", "--rm", "--network=none"], built[0]["tag"]
-    version = cluster.run(*run, tag, "--version", timeout=60).stdout
+    run, tag = ["podman", "run", "--rm", "--network=none"], first["tag"]
     inside = cluster.run(*run, "--entrypoint=python3", tag, "-c", PROGRAM, timeout=60).stdout
-    assert version == f"orch {inside}"
+    assert cluster.run(*run, tag, "--version", timeout=60).stdout == f"orch {inside}"
 
 
 def test_docker_builds_the_image_of_the_other_tests(cluster: Cluster) -> None:
