@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
 .PHONY: help install system fmt lint type contracts check test unit cluster-test cluster chaos bench docs demo stop-table \
-        constraints build clean
+        constraints image-locks build clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'
@@ -100,6 +100,20 @@ demo: $(STAMP) ## the main job on this machine: preempted on purpose in mid-epoc
 constraints: ## renew constraints.txt from what .venv holds now
 	@{ head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -v -E '^(pip|setuptools)=='; } \
 	    > constraints.new && mv constraints.new constraints.txt
+
+# The locks of one image go together: what is in both has the same version. Versions stay unless LOCK_OPTIONS=--upgrade.
+# PyTorch's builds for CPU are not on PyPI: UV_FIND_LINKS or UV_INDEX says where they are.
+UV ?= uv
+LOCK_OPTIONS ?=
+LOCK := UV_CUSTOM_COMPILE_COMMAND="make image-locks" $(UV) pip compile --quiet --generate-hashes --no-annotate \
+    --only-binary :all: --python-version 3.11 --python-platform x86_64-manylinux_2_28 $(LOCK_OPTIONS)
+
+image-locks: ## renew the hashed locks of containers/ (needs uv)
+	cd containers/pretrain && $(LOCK) requirements.in --output-file requirements.lock
+	cd containers/pretrain && $(LOCK) requirements-cpu.in --constraint requirements.lock \
+	    --output-file requirements-cpu.lock
+	cd containers/base && $(LOCK) requirements.in ../../pyproject.toml --extra s3 \
+	    --constraint ../pretrain/requirements-cpu.lock --output-file requirements.lock
 
 build: $(STAMP) ## wheel and sdist in dist/
 	$(BIN)/python -m build

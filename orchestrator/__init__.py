@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from orchestrator.operations import (
+        build_image,
         cancel,
         collect_checkpoints,
         doctor,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "build_image",
     "cancel",
     "collect_checkpoints",
     "doctor",

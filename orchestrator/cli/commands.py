@@ -416,6 +416,20 @@ def lock_image(reference: str, name: str | None, as_json: bool) -> None:
         )
 
 
+def build_image(
+    directory: Path, *, tag: str | None, base: str | None, lock: Path | None, builder: str | None, as_json: bool
+) -> None:
+    told = out.progress if sys.stderr.isatty() else None
+    result = operations.build_image(directory, tag=tag, base=base, lock=lock, builder=builder, tell=told)
+    if not result.reproducible:
+        out.warnings([f"{result.builder} gives this image another id each time; --builder podman the same one"])
+    if as_json:
+        out.json_document(result.as_json())
+        return
+    print(result.image)
+    out.progress(f"{result.tag}, in the store of {result.builder}; push it, then:  orch image lock {result.tag}")
+
+
 def list_images(as_json: bool) -> None:
     images = operations.list_images()
     if as_json:

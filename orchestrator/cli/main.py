@@ -19,7 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-image_app = typer.Typer(help="Pin container images.", no_args_is_help=True, rich_markup_mode=None)
+image_app = typer.Typer(help="Build and pin container images.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(image_app, name="image")
 ckpt_app = typer.Typer(
     help="Look at a run's checkpoints, read them again, copy one, go back to one.",
@@ -274,6 +274,25 @@ def lock(
     from orchestrator.cli import commands
 
     commands.lock_image(reference, name, as_json)
+
+
+@image_app.command()
+def build(
+    directory: Annotated[Path, typer.Argument(help="Holds a Dockerfile and a requirements.lock with hashes.")],
+    tag: Annotated[str | None, typer.Option("--tag", help="Name of the image; else orch/DIRECTORY:LOCK.")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="Image to stand on, or its name in images.lock.json.")
+    ] = None,
+    lock: Annotated[Path | None, typer.Option("--lock", help="Another lock than DIRECTORY/requirements.lock.")] = None,
+    builder: Annotated[
+        str | None, typer.Option("--builder", help="podman (the same image each time) | docker; else what is there.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Build an image without network, from wheels that a lock pins by their hashes."""
+    from orchestrator.cli import commands
+
+    commands.build_image(directory, tag=tag, base=base, lock=lock, builder=builder, as_json=as_json)
 
 
 @image_app.command("ls")

@@ -72,6 +72,11 @@ def error(message: str, hint: str | None) -> None:
         print(f"hint: {hint}", file=sys.stderr)
 
 
+def progress(text: str) -> None:
+    """A line on stderr for whoever waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
 def warnings(texts: Iterable[str]) -> None:
     """Things to know that are no failure."""
     for text in texts:

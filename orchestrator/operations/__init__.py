@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from orchestrator.operations.control import cancel, preempt, resume, resume_all
     from orchestrator.operations.describe import ps, status
     from orchestrator.operations.drill import verify_drill
+    from orchestrator.operations.image_build import build_image
     from orchestrator.operations.image_stock import prune_images, pull_image, verify_images
     from orchestrator.operations.images import list_images, lock_image, name_image
     from orchestrator.operations.precheck import validate
@@ -42,6 +43,7 @@ _HOMES = {
     ),
     "checkup.examine": ("doctor",),
     "control": ("cancel", "preempt", "resume", "resume_all"),
+    "image_build": ("build_image",),
     "image_stock": ("prune_images", "pull_image", "verify_images"),
     "images": ("list_images", "lock_image", "name_image"),
     "tail": ("logs",),
@@ -54,6 +56,7 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "build_image",
     "cancel",
     "collect_checkpoints",
     "doctor",

@@ -399,6 +399,21 @@ class NamedImage:
 
 
 @dataclass(frozen=True)
+class BuiltImage:
+    """Outcome of `image build`: an image in the builder's store. `revision` is "" outside git."""
+
+    image: str  # the id there: sha256:…
+    tag: str
+    builder: str
+    reproducible: bool  # the same inputs give the same id
+    lock_sha256: str
+    revision: str
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class PulledImage:
     """An image that is here: as a file of the root (`path`, its size), or in an engine of this machine."""
 

@@ -1,19 +1,20 @@
-"""The pinned image for the tests, without a hub: debootstrap → docker import → docker build without network → save.
+"""The pinned image for the tests, without a hub: debootstrap → docker import → `orch image build` → save.
 
-What is costly to make (base system, wheels, image) is kept in the cache.
+What is costly to make (base system, wheels, image, an interpreter with the same packages) is kept in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+from orchestrator.errors import OrchError
+from orchestrator.operations.image_build import build_image, ensure_wheels, read_hashed_lock, wheels_name
 from tests.cluster.cache import (
     cache_directory,
     debian_source,
@@ -25,17 +26,20 @@ from tests.cluster.cache import (
     say,
     sweep,
 )
-from tests.cluster.service import call, remove_tree
+from tests.cluster.service import ClusterError, call, remove_tree
 
-CONTEXT = Path(__file__).resolve().parents[2] / "containers" / "pretrain-cpu"
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONTEXT = REPOSITORY / "containers" / "pretrain"
+LOCK = CONTEXT / "requirements-cpu.lock"
+BASE_LOCK = REPOSITORY / "containers" / "base" / "requirements.lock"
 _PACKAGES = "python3,python3-venv"
 _RECIPE = "1"  # counts up when the way the image is built changes without a change of its files
 _PIECES = {
     "base": "base",
-    "wheels": "wheels",
     "image": "image",
     "engine": "image",
     "podman": "image",
+    "python": "python",
 }  # what the cache holds → its key
 # Nothing in a container reads these, and they are a third of the base system.
 _LEAVE_OUT = (
@@ -89,7 +93,7 @@ def ensure_image(env: Mapping[str, str]) -> str:
     cache.mkdir(parents=True, exist_ok=True)
     with locked(cache):
         if not archive().exists():
-            sweep(cache, _PIECES, {f"{kind}-{_key(input)}" for kind, input in _PIECES.items()})
+            sweep(cache, [*_PIECES, "wheels"], _current())
             _build(cache, archive(), env)
             return _image_id(env)
     say(f"load {archive().name}")
@@ -115,40 +119,41 @@ def image_key() -> str:
 
 def tag() -> str:
     """The image's name in the test engine; tests use the id, people the name."""
-    return f"orch-test/pretrain-cpu:{image_key()}"
+    return f"orch-test/pretrain:{image_key()}"
 
 
 def _image_id(env: Mapping[str, str]) -> str:
     return call(["docker", "image", "inspect", "--format={{.Id}}", tag()], env=env, timeout=30).stdout.strip()
 
 
+def _current() -> set[str]:
+    """Names of the pieces of this checkout."""
+    wheels = {wheels_name(read_hashed_lock(lock).sha256) for lock in (LOCK, BASE_LOCK)}
+    return wheels | {f"{kind}-{_key(input)}" for kind, input in _PIECES.items()}
+
+
 def _key(what: str) -> str:
-    """Hash of everything that decides the content of a cached piece: base, wheels or image."""
+    """Hash of everything that decides the content of a cached piece: base, image or python."""
     suite, mirror, _ = debian_source()
-    parts = {"base": [_RECIPE, suite, mirror, _PACKAGES, *_LEAVE_OUT], "wheels": [_RECIPE, _lock()]}
-    parts["image"] = [*parts["base"], *parts["wheels"], (CONTEXT / "Dockerfile").read_text()]
+    parts = {"base": [_RECIPE, suite, mirror, _PACKAGES, *_LEAVE_OUT]}
+    parts["image"] = [*parts["base"], LOCK.read_text(), (CONTEXT / "Dockerfile").read_text()]
+    parts["python"] = [_RECIPE, LOCK.read_text(), sys.version, str(Path(sys.executable).resolve())]
     return key(*parts[what])
-
-
-def _lock() -> str:
-    return (CONTEXT / "requirements.lock").read_text()
 
 
 def _build(cache: Path, target: Path, env: Mapping[str, str]) -> None:
     started = time.monotonic()
-    base, wheels = _ensure_base(cache), _ensure_wheels(cache)
+    base = _ensure_base(cache)
     say("import the base system and build the image (about a minute)")
     base_tag = f"orch-test/base:{_key('base')}"
     run_long(["docker", "import", str(base), base_tag], env=env)
-    with tempfile.TemporaryDirectory(prefix="tmp-", dir=cache) as context:
-        for name in ("Dockerfile", "requirements.lock"):
-            shutil.copy(CONTEXT / name, context)
-        shutil.copytree(wheels, Path(context) / "wheels", copy_function=os.link)
-        run_long(
-            ["docker", "build", "--network=none", f"--build-arg=BASE={base_tag}", f"--tag={tag()}", context],
-            # The classic builder: a newer client asks for a plugin (buildx) before it uses BuildKit.
-            env={**env, "DOCKER_BUILDKIT": "0"},
+    try:
+        ensure_wheels(read_hashed_lock(LOCK), cache, tell=_tell)  # with this process's settings of pip
+        build_image(
+            CONTEXT, base=base_tag, tag=tag(), lock=LOCK, builder="docker", environ=env, cache=cache, tell=_tell
         )
+    except OrchError as error:
+        raise ClusterError(str(error)) from error
     partial = cache / f"tmp-{target.name}"
     run_long(["docker", "save", "--output", str(partial), tag()], env=env)
     publish_file(partial, target)
@@ -184,21 +189,53 @@ def _ensure_base(cache: Path) -> Path:
     return target
 
 
-def _ensure_wheels(cache: Path) -> Path:
-    """Directory with the wheels that the lock file names and, for a CUDA build of torch, the ones that it pulls in."""
-    target = cache / f"wheels-{_key('wheels')}"
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def lock_python() -> Path:
+    """An interpreter with the image's packages and this checkout: runs without a container compare with those in it."""
+    if sys.version_info[:2] != (3, 11):
+        raise ClusterError("the wheels of the image are for Python 3.11")
+    cache = cache_directory()
+    cache.mkdir(parents=True, exist_ok=True)
+    with locked(cache):
+        return _ensure_interpreter(_ensure_packages(cache))
+
+
+def _ensure_packages(cache: Path) -> Path:
+    """Virtual environment with exactly what the lock pins."""
+    target = cache / f"python-{_key('python')}"
     if target.exists():
         return target
-    say("download the wheels of the image")
-    partial = Path(tempfile.mkdtemp(prefix="tmp-wheels-", dir=cache))
-    # `torch==X` also matches `X+cpu`, and pip prefers that one wherever it is offered.
+    say("install the packages of the image for runs without one (about a minute)")
+    wheels = ensure_wheels(read_hashed_lock(LOCK), cache, tell=_tell)
+    partial = Path(tempfile.mkdtemp(prefix="tmp-python-", dir=cache))
+    call([sys.executable, "-m", "venv", "--without-pip", str(partial)], env=os.environ, timeout=60)
     run_long(
-        [sys.executable, "-m", "pip", "download", "--only-binary=:all:", f"--dest={partial}",
-         f"--requirement={CONTEXT / 'requirements.lock'}"],
+        [
+            *(sys.executable, "-m", "pip", f"--python={partial}/bin/python", "install", "--quiet", "--no-index"),
+            *("--require-hashes", f"--find-links={wheels}", f"--requirement={LOCK}"),
+        ],
         env=os.environ,
-    )  # fmt: skip
+    )
     partial.rename(target)
     return target
+
+
+def _ensure_interpreter(packages: Path) -> Path:
+    """One for each checkout, or two that share the cache would run each other's code."""
+    target = packages / "checkouts" / key(str(REPOSITORY))
+    interpreter = target / "bin" / "python"
+    if interpreter.exists():
+        return interpreter
+    target.parent.mkdir(exist_ok=True)
+    partial = Path(tempfile.mkdtemp(dir=target.parent))
+    call([sys.executable, "-m", "venv", "--without-pip", str(partial)], env=os.environ, timeout=60)
+    site = Path("lib", "python3.11", "site-packages")
+    (partial / site / "checkout.pth").write_text(f"{packages / site}\n{REPOSITORY}\n")
+    partial.rename(target)
+    return interpreter
 
 
 def main() -> int:

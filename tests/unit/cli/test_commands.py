@@ -17,9 +17,10 @@ from orchestrator.checkpoint import Manifest, Refuge, take_over
 from orchestrator.cli import failures, out
 from orchestrator.cli.main import main
 from orchestrator.files import write_json
-from orchestrator.operations import checkpoints, describe
+from orchestrator.operations import checkpoints, describe, image_build
 from orchestrator.operations.checkpoints import open_run_store
 from orchestrator.operations.checkup.findings import Examined, Family, Finding, Level, SaveSeconds
+from orchestrator.operations.results import BuiltImage
 from orchestrator.registry import EventLog
 from orchestrator.words import duration, size
 from tests.unit.cli.conftest import Cli, World
@@ -52,7 +53,7 @@ def test_help_lists_every_command(cli: Cli) -> None:
     assert all(f"  {command} " in said.out for command in COMMANDS)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "image lock", *(f"ckpt {name}" for name in CKPT)])
+@pytest.mark.parametrize("command", [*COMMANDS, "image lock", "image build", *(f"ckpt {name}" for name in CKPT)])
 def test_each_command_has_help(cli: Cli, command: str) -> None:
     said = cli(*command.split(), "--help")
     assert said.code == 0
@@ -442,6 +443,38 @@ def test_image_lock_without_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.returncode, done.stdout) == (4, "")
     assert "no container engine answers" in done.stderr.lower()
     assert "hint: start docker" in done.stderr.lower()
+
+
+def test_an_image_is_built_and_only_its_id_is_on_stdout(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    heard: list[dict[str, object]] = []
+
+    def build_image(directory: Path, **options: object) -> BuiltImage:
+        heard.append({"directory": directory, **options})
+        builder = str(options["builder"] or "podman")
+        return BuiltImage(f"sha256:{'1' * 64}", "orch/train:12", builder, builder == "podman", "2" * 64, "")
+
+    monkeypatch.setattr(image_build, "build_image", build_image)
+    said = cli("image", "build", "train", "--base", "debian", "--lock", "cpu.lock", "--tag", "x")
+    assert (said.code, said.out) == (0, f"sha256:{'1' * 64}\n")
+    assert "orch image lock orch/train:12" in said.err
+    given = {"directory": Path("train"), "base": "debian", "lock": Path("cpu.lock"), "tag": "x", "builder": None}
+    assert heard == [{**given, "tell": None}]
+    said = cli("image", "build", "train", "--builder", "docker", "--json")
+    assert said.document["reproducible"] is False
+    assert "docker gives this image another id each time" in said.err
+
+
+def test_an_image_that_cannot_be_built(cli: Cli, tmp_path: Path) -> None:
+    said = cli("image", "build", tmp_path, "--json")
+    assert (said.code, said.document["error"]["type"]) == (2, "SpecError")
+    assert "Dockerfile" in said.err
+    (tmp_path / "Dockerfile").write_text("FROM scratch\n")
+    (tmp_path / "requirements.lock").write_text("torch==2.13.0\n")
+    said = cli("image", "build", tmp_path)
+    assert (said.code, said.out) == (2, "")
+    assert "torch==2.13.0 has no --hash" in said.err
 
 
 def test_images_have_names(cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

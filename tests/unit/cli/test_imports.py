@@ -38,6 +38,7 @@ def imported(*arguments: str) -> tuple[int, set[str]]:
         "submit --help",
         "status --help",
         "image lock --help",
+        "image build --help",
         "top --help",
         "shell --help",
         "ps --json",
