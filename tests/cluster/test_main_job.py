@@ -154,7 +154,7 @@ def test_one_spec_on_every_runtime(orch: Orch, cluster: Cluster, digits: Path, w
         here = Orch(cluster, orch.directory)
         here.root = orch.directory / runtime
         spec = one_spec(base, runtime, image, orch.directory)
-        run = here.submit({**spec, "root": str(here.root)}, timeout=300)["run_id"]
+        run = here.submit({**spec, "root": str(here.root)})["run_id"]
         here.wait_for_step(run, 5, timeout=300)
         cluster.preempt(nodes=3, seconds=1)
         assert here.wait_for_state(run, "completed", timeout=400)["attempt"] == 1
