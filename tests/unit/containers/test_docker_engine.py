@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,20 +50,22 @@ class Engine:
 
     def __init__(self, *containers: Container, pulls: Sequence[Sequence[dict[str, Any]]] = ()) -> None:
         self.made = list(containers)
-        self.pulls, self.pulled, self.hangs = list(pulls), 0, False
+        self.pulls, self.pulled = list(pulls), 0
+        self.hangs: threading.Event | None = None  # until it is set
         self.containers = self.images = self.api = self
 
     def list(self, **_: Any) -> list[Container]:
         return self.made
 
     def get(self, image: str) -> None:
-        if self.pulls or self.hangs:
+        if self.pulls or self.hangs is not None:
             raise docker.errors.ImageNotFound("no such image")
 
     def pull(self, image: str, *, stream: bool, decode: bool) -> Iterator[dict[str, Any]]:
         self.pulled += 1
-        if self.hangs:
-            time.sleep(30)
+        if self.hangs is not None:
+            self.hangs.wait(30)
+            return
         yield from self.pulls.pop(0)
 
     def create(self, **_: Any) -> Container:
@@ -144,7 +146,8 @@ def test_what_may_pass_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_pull_that_brings_nothing_has_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(docker_runtime, "_PULL_S", 0.1)
     engine = Engine()
-    engine.hangs = True
+    engine.hangs = threading.Event()
     with pytest.raises(ContainerError, match="has not come within"):
         pull(engine)
+    engine.hangs.set()
     assert engine.pulled == 1, "it is not tried again for half a day"
