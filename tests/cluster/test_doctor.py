@@ -88,7 +88,7 @@ def test_a_spec_is_examined_with_its_own_values(orch: Orch, cluster: Cluster) ->
     assert "slurm.account: one of root" in told(found, "accounting", "warn")[0]
     assert told(found, "image") == [f"{cluster.image} is on this machine | "]
     assert "fsync" in told(found, "checkpoints")[0]
-    assert "container's memory" in told(found, "caches", "warn")[0]
+    assert f"{orch.root}/caches" in told(found, "caches")[0]
 
 
 def test_people_get_words_and_a_sum(orch: Orch) -> None:
