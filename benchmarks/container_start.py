@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import shutil
 import statistics
@@ -94,7 +95,8 @@ class Bench:
         mounts = [f"--volume={path}:{path}" for path in (self.code, first.parent)]
         torchrun = ["python3", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"]
         limits = ["--memory=2g", "--cpus=2", f"--env=FIRST_LINE={first}", "--env=OMP_NUM_THREADS=2"]
-        container = ["srun", self.engine, "run", "--rm", *limits, *mounts, str(self.cluster.image)]
+        user = f"--user={os.getuid()}:{os.getgid()}"  # else the image's own, who may not write here
+        container = ["srun", self.engine, "run", "--rm", user, *limits, *mounts, str(self.cluster.image)]
         command = [*container, *torchrun, str(self.code / "train.py")]
         job = self.cluster.sbatch(
             "--partition=low", "--mem=2G", "--cpus-per-task=2", "--time=10",
