@@ -11,6 +11,7 @@ import hashlib
 import itertools
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -259,7 +260,7 @@ class CheckpointStore:
             problem = self._verify(manifest, keep=True)
             return problem, load(path) if problem is None else None
         loaded, doubtful, read = None, False, [0]
-        with ThreadPoolExecutor(1, "orch-verify") as beside:
+        with _quick_turns(), ThreadPoolExecutor(1, "orch-verify") as beside:
             verifying = beside.submit(self._verify, manifest, read.append)
             try:
                 loaded = load(path)
@@ -915,6 +916,21 @@ class CheckpointStore:
             yield
         except OSError as error:
             raise self.medium.failure(error, doing) from error
+
+
+@contextmanager
+def _quick_turns() -> Iterator[None]:
+    """The interpreter's lock changes hands soon when somebody asks for it.
+
+    `load` holds it while it reads a tensor, and the thread that compares needs it for every piece: with the usual 5 ms
+    each time it has hardly begun when the load is done.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 def _untraced(operation: str) -> None:
