@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from orchestrator.containers.failures import pull_error, retried
-from orchestrator.containers.image_file import file_of, sha256_of
+from orchestrator.containers.image_file import difference, file_of, sha256_of
 from orchestrator.containers.payload import PayloadRequest
 from orchestrator.containers.process import run_client, words_of
 from orchestrator.errors import ContainerError, RegistryError
@@ -56,11 +56,7 @@ class CachedImage:
         """Why its bytes are not the ones that were imported; the file is read whole."""
         if not self.sha256:
             return "its import was cut short, or its description is damaged"
-        try:
-            found = sha256_of(self.path)
-        except OSError as error:
-            return error.strerror or str(error)
-        return None if found == self.sha256 else f"its SHA-256 is {found}, it was imported as {self.sha256}"
+        return difference(self.path, self.sha256)
 
 
 class ImageCache:

@@ -35,6 +35,15 @@ def file_of(image: str, *, node: str, verify: bool) -> Path:
     return path
 
 
+def difference(path: Path, digest: str) -> str | None:
+    """Why a file, read whole, is not the one of that hash; None when it is."""
+    try:
+        found = sha256_of(path)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if found == digest else f"its SHA-256 is {found}"
+
+
 def sha256_of(path: Path) -> str:
     """Hash of a file, read in pieces."""
     digest = hashlib.sha256()

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from orchestrator.containers.image_cache import SUFFIXES, CachedImage, ImageCache
-from orchestrator.containers.image_file import sha256_of
+from orchestrator.containers.image_file import difference
 from orchestrator.containers.payload import PullReport, open_engine
 from orchestrator.errors import ContainerError, RegistryError, SpecError
 from orchestrator.operations.describe import records_of
@@ -159,7 +159,7 @@ def _limits(max_age: str | None, max_size: str | None) -> tuple[float | None, in
 
 def _check(pin: str, runtime: str, cache: ImageCache, environ: Mapping[str, str]) -> CheckedImage:
     if (file := file_pin(pin)) is not None:
-        return CheckedImage(pin, file[0], _file_problem(Path(file[0]), pin.rpartition(":")[2]))
+        return CheckedImage(pin, file[0], difference(Path(file[0]), digest_of(pin)))
     if runtime in SUFFIXES:
         entry = cache.find(pin, runtime)
         missing = f"not imported; `orch image pull {pin} --runtime {runtime}`"
@@ -173,14 +173,6 @@ def _check(pin: str, runtime: str, cache: ImageCache, environ: Mapping[str, str]
 
 def _check_entry(entry: CachedImage) -> CheckedImage:
     return CheckedImage(entry.image, str(entry.path), entry.problem())
-
-
-def _file_problem(path: Path, digest: str) -> str | None:
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        return error.strerror or str(error)
-    return None if found == digest else f"its SHA-256 is {found}"
 
 
 # --- prune
