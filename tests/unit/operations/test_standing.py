@@ -68,6 +68,36 @@ def test_a_job_removed_from_the_queue_by_scancel_is_cancelled(world: World) -> N
     assert world.status(done.run_id).state is JobState.CANCELLED
 
 
+@pytest.mark.parametrize(
+    ("cause", "scheduler", "state"),
+    [
+        ("cancelled", "CANCELLED", "cancelled"),
+        ("preempted", "CANCELLED", "cancelled"),  # by somebody, in its grace
+        ("preempted", "PREEMPTED", "needs_resume"),
+        ("time_limit", "TIMEOUT", "needs_resume"),
+        (None, "CANCELLED", "cancelled"),
+        (None, "TIMEOUT", "lost"),
+    ],
+)
+def test_an_agent_killed_before_it_wrote_the_end_had_heard_the_reason(
+    world: World, cause: str | None, scheduler: str, state: str
+) -> None:
+    run, _ = world.running()
+    EventLog(world.paths(run), "agent-n0").append("signalled", attempt=0, cause=cause)
+    world.backend.set("101", ENDED, scheduler)
+    status = world.status(run)
+    assert status.state.value == state
+    assert state == "lost" or "killed before its agent had written" in status.message
+
+
+def test_what_an_earlier_attempt_was_told_does_not_explain_the_newest_one(world: World) -> None:
+    run, agent = world.running()
+    EventLog(world.paths(run), "agent-n0").append("signalled", attempt=0, cause="preempted")
+    agent.begin(1)
+    world.backend.set("101", ENDED, "NODE_FAIL")
+    assert world.status(run).state is JobState.LOST
+
+
 def test_a_killed_run_with_a_tombstone_is_cancelled_not_lost(world: World) -> None:
     run, _ = world.running()
     world.paths(run).tombstone.touch()
