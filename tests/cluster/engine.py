@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import secrets
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.cluster.service import ClusterError, Service, call
+from tests.cluster.service import ClusterError, Service, call, succeeds
 
 
 def engine(directory: Path, bridge: str, env: Mapping[str, str], *, driver: str | None = None) -> Service:
@@ -29,12 +28,7 @@ def engine(directory: Path, bridge: str, env: Mapping[str, str], *, driver: str 
         argv=argv,
         env=env,
         log=directory / "log" / "dockerd.log",
-        ready=lambda: (
-            subprocess.run(
-                ["docker", "version"], env=dict(env), capture_output=True, timeout=10, check=False
-            ).returncode
-            == 0
-        ),
+        ready=lambda: succeeds(["docker", "version"], env),
         timeout=60,
     )
 

@@ -96,6 +96,14 @@ def call(
     return done
 
 
+def succeeds(argv: list[str], env: Mapping[str, str]) -> bool:
+    """True when a short command ends with 0 within 10 s."""
+    try:
+        return subprocess.run(argv, env=dict(env), capture_output=True, timeout=10, check=False).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
+
+
 @dataclass
 class Service:
     """One daemon that stays in the foreground as a child of this process."""

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from tests.cluster.service import PORTS, Service, accepts, call, free_port
+from tests.cluster.service import PORTS, Service, accepts, call, free_port, succeeds
 
 NODES = ("n1", "n2", "n3")
 CPUS = 8
@@ -78,7 +78,7 @@ def start_munge(directory: Path, env: Mapping[str, str]) -> Service:
         ],
         env=env,
         log=directory / "log" / "munged.out",
-        ready=lambda: _succeeds(["munge", f"--socket={socket_path}", "--no-input", "--output=/dev/null"], env),
+        ready=lambda: succeeds(["munge", f"--socket={socket_path}", "--no-input", "--output=/dev/null"], env),
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def controller(directory: Path, env: Mapping[str, str]) -> Service:
         argv=["slurmctld", "-D"],
         env=env,
         log=directory / "log" / "slurmctld.out",
-        ready=lambda: _succeeds(["scontrol", "ping"], env),
+        ready=lambda: succeeds(["scontrol", "ping"], env),
     )
 
 
@@ -189,11 +189,3 @@ def _output(argv: list[str], env: Mapping[str, str]) -> str:
     except subprocess.TimeoutExpired:
         return ""
     return done.stdout if done.returncode == 0 else ""
-
-
-def _succeeds(argv: list[str], env: Mapping[str, str]) -> bool:
-    """True when a short command ends with 0 within 10 s."""
-    try:
-        return subprocess.run(argv, env=dict(env), capture_output=True, timeout=10, check=False).returncode == 0
-    except subprocess.TimeoutExpired:
-        return False

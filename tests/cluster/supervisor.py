@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -206,7 +207,8 @@ class Supervisor:
             else:
                 return {"error": f"unknown op {request['op']!r}"}
             return {"pid": service.pid}
-        except (ClusterError, KeyError) as error:
+        except (ClusterError, KeyError, OSError, subprocess.SubprocessError) as error:
+            # It fails one test; a supervisor that ends because of it fails all that follow.
             return {"error": f"{type(error).__name__}: {error}"}
 
     def end(self) -> None:
