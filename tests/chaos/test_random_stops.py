@@ -489,7 +489,7 @@ class Driver:
         while not self.run.completed():
             patience.require("the run to complete")
             time.sleep(0.02)
-        poll(lambda: not self.run.processes(), "all processes of the run to end", timeout=30)
+        poll(lambda: not self.run.processes(), "all processes of the run to end", timeout=60)
 
     def story(self) -> str:
         counts = Counter(line.partition(": ")[2].partition(",")[0] for line in self.told)

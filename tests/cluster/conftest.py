@@ -69,7 +69,7 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         env={"PATH": "/usr/bin:/bin"},
         log=directory / "registry.log",
         ready=lambda: accepts(port),
-        timeout=30,
+        timeout=60,
     )
     service.start()
     try:

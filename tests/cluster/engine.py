@@ -44,17 +44,17 @@ def add_bridge(directory: Path, env: Mapping[str, str]) -> str:
     With the default a second engine would share docker0 with the first; with `none` it deletes the first one's.
     """
     name = bridge_name(directory)
-    call(["ip", "link", "add", "name", name, "type", "bridge"], env=env, timeout=10)
+    call(["ip", "link", "add", "name", name, "type", "bridge"], env=env, timeout=60)
     # Any address will do (jobs use the host's network), but without one the engine searches for a subnet that is free.
     block = secrets.randbelow(200) + 20
-    call(["ip", "address", "add", f"172.31.{block}.1/24", "dev", name], env=env, timeout=10)
+    call(["ip", "address", "add", f"172.31.{block}.1/24", "dev", name], env=env, timeout=60)
     return name
 
 
 def remove_bridge(name: str, env: Mapping[str, str]) -> None:
     """Delete the bridge; silent when it is already gone."""
     if Path("/sys/class/net", name).exists():
-        call(["ip", "link", "delete", name], env=env, timeout=10)
+        call(["ip", "link", "delete", name], env=env, timeout=60)
 
 
 def remove_containers(env: Mapping[str, str]) -> None:
@@ -63,9 +63,9 @@ def remove_containers(env: Mapping[str, str]) -> None:
     An engine that is down or does not answer has nothing to be asked: its processes are ended by pid afterwards.
     """
     try:
-        ids = call(["docker", "ps", "--all", "--quiet"], env=env, timeout=10).stdout.split()
+        ids = call(["docker", "ps", "--all", "--quiet"], env=env, timeout=60).stdout.split()
         if ids:
-            call(["docker", "rm", "--force", *ids], env=env, timeout=30)
+            call(["docker", "rm", "--force", *ids], env=env, timeout=120)
     except ClusterError as error:
         print(f"[test cluster] containers could not be removed: {error}", file=sys.stderr)
 

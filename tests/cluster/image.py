@@ -87,7 +87,7 @@ def _template() -> Path:
 
 def ensure_image(env: Mapping[str, str]) -> str:
     """Load the image into the engine of `env`, built first where the cache has none; returns its id `sha256:…`."""
-    if tag() in call(["docker", "images", "--format={{.Repository}}:{{.Tag}}"], env=env, timeout=30).stdout.split():
+    if tag() in call(["docker", "images", "--format={{.Repository}}:{{.Tag}}"], env=env, timeout=60).stdout.split():
         return _image_id(env)
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
@@ -123,7 +123,7 @@ def tag() -> str:
 
 
 def _image_id(env: Mapping[str, str]) -> str:
-    return call(["docker", "image", "inspect", "--format={{.Id}}", tag()], env=env, timeout=30).stdout.strip()
+    return call(["docker", "image", "inspect", "--format={{.Id}}", tag()], env=env, timeout=60).stdout.strip()
 
 
 def _current() -> set[str]:

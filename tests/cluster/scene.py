@@ -145,7 +145,7 @@ class Scene:
             self.orch.wait_for_step(self.run, self.orch.step(self.run) + 3, attempt=max(attempt, 0))
         (self.directory / "enough").touch()
         self.orch.wait_for_state(self.run, "completed", timeout=120)
-        self.cluster.wait("its processes to end", lambda: processes.of_run(self.run) == [], timeout=30)
+        self.cluster.wait("its processes to end", lambda: processes.of_run(self.run) == [], timeout=60)
         if self.runtime == "docker":
             assert self.containers() == []
 

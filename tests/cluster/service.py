@@ -231,7 +231,7 @@ def unmount_below(directory: Path) -> None:
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
     points = [line.split()[4].encode().decode("unicode_escape") for line in lines]
     for point in sorted((p for p in points if p.startswith(prefix)), key=len, reverse=True):
-        call(["umount", "--lazy", point], env=os.environ, timeout=10)
+        call(["umount", "--lazy", point], env=os.environ, timeout=60)
 
 
 def remove_tree(directory: Path) -> None:

@@ -46,7 +46,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=5
+KillWait=10
 MailProg=/bin/true
 GresTypes=gpu
 {accounting}
@@ -140,7 +140,7 @@ def register(env: Mapping[str, str]) -> None:
         *(["add", "qos", *words] for words in _QOS),
         ["modify", "user", "root", "set", f"qos+={','.join(name for name, _ in _QOS)}"],
     ):
-        call(["sacctmgr", "--immediate", *words], env=env, timeout=30)
+        call(["sacctmgr", "--immediate", *words], env=env, timeout=60)
 
 
 def _address(node: str) -> str:

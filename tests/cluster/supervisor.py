@@ -185,7 +185,7 @@ class Supervisor:
             "accounting": self.accounting,
             "nodes": list(slurm.NODES),
             "image": self.image,
-            "slurm_version": call(["scontrol", "--version"], env=self.env, timeout=10).stdout.split()[1],
+            "slurm_version": call(["scontrol", "--version"], env=self.env, timeout=60).stdout.split()[1],
             "env": env,
         }
 

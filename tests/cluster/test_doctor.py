@@ -65,7 +65,7 @@ def test_without_a_spec_it_tells_of_the_default_partition(orch: Orch) -> None:
         "qos", "python", "engine", "root", "root", "root", "caches",
     ]  # fmt: skip
     assert "22.05" in told(found, "slurm")[0]
-    assert "`low` (the default) · PreemptMode=REQUEUE · GraceTime=20 s · KillWait=5 s" in told(found, "partition")[0]
+    assert "`low` (the default) · PreemptMode=REQUEUE · GraceTime=20 s · KillWait=10 s" in told(found, "partition")[0]
     assert "SIGTERM goes to the steps and nothing to the batch script" in told(found, "preemption")[0]
     assert "every node of the partition is this machine" in told(found, "root")[2]
     assert not orch.root.exists() and left_behind(orch) == []
@@ -81,7 +81,7 @@ def test_a_spec_is_examined_with_its_own_values(orch: Orch, cluster: Cluster) ->
     orch.write_spec(spec)
     found = examine(orch, "spec.yaml")
     assert found["save_seconds"] == {"preemption": 5, "time_limit": 20, "requeue_by_admin": 5}
-    assert "a save has 5 s at a preemption (KillWait)" in told(found, "save", "warn")[0]
+    assert "a save has 10 s at a preemption (KillWait)" in told(found, "save", "warn")[0]
     assert "SIGTERM goes to the batch script and to the steps" in told(found, "preemption")[0]
     assert "resources.time 00:10:00 fits" in told(found, "time")[0]
     assert "`nobodys` is not one of yours" in told(found, "accounting", "warn")[0]
@@ -132,12 +132,12 @@ def test_a_cluster_without_accounting_is_no_fault(cluster_without_accounting: Cl
 def full_disk(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "full"
     place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=True, timeout=10)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)], check=True, timeout=60)
     try:
         (place / "filler").write_bytes(b"x" * 65536)
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=10)
+        subprocess.run(["umount", str(place)], check=True, timeout=60)
 
 
 def test_a_full_disk_is_a_bad_root(orch: Orch, full_disk: Path) -> None:
@@ -152,20 +152,20 @@ def frozen_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     with image.open("wb") as file:
         file.truncate(16 * 1024**2)
-    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=30)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=60)
     mounted = subprocess.run(
-        ["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True, timeout=30
+        ["mount", "-o", "loop", str(image), str(place)], capture_output=True, text=True, timeout=60
     )
     if mounted.returncode != 0:
         pytest.skip(f"hardware: no loop device ({mounted.stderr.strip()})")
     try:
-        subprocess.run(["fsfreeze", "--freeze", str(place)], check=True, timeout=30)
+        subprocess.run(["fsfreeze", "--freeze", str(place)], check=True, timeout=60)
         yield place
     finally:
-        subprocess.run(["fsfreeze", "--unfreeze", str(place)], timeout=30)
+        subprocess.run(["fsfreeze", "--unfreeze", str(place)], timeout=60)
         # The probe that was killed while it slept ends only now.
         unmount = ["umount", str(place)]
-        wait_for("the disk to be let go", lambda: subprocess.run(unmount, timeout=30).returncode == 0, timeout=30)
+        wait_for("the disk to be let go", lambda: subprocess.run(unmount, timeout=60).returncode == 0, timeout=60)
 
 
 def test_a_dead_file_system_hangs_nobody(orch: Orch, frozen_disk: Path) -> None:

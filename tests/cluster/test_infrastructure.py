@@ -216,7 +216,7 @@ def test_a_killed_pytest_takes_its_cluster_with_it(directory: Path) -> None:
     wait_for(
         "everything to be gone",
         lambda: not directory.exists() and not any(Path(f"/proc/{pid}").exists() for pid in below),
-        timeout=30,
+        timeout=60,
     )
     assert not _mentioning(str(directory))
 

@@ -108,7 +108,7 @@ def test_preempted_three_times_it_equals_the_untouched_run_on_another_runtime(
     done = orch.wait_for_state(run, "completed", timeout=400)
     assert done["attempt"] == 3
     assert [event["cause"] for event in orch.events(run, "signalled") if event["node"] == "n1"] == ["preempted"] * 3
-    # The grace is 20 s: a notice read wrongly would leave KillWait (5 s) or the time limit (30 min).
+    # The grace is 20 s: a notice read wrongly would leave KillWait (10 s) or the time limit (30 min).
     assert all(10 < event["deadline"] - event["at"] <= 61 for event in orch.events(run, "signalled"))
     assert_no_step_was_lost_or_repeated(orch, run, IMAGES // BATCH * epochs)
     for number in range(3):

@@ -292,7 +292,7 @@ def test_a_waiting_local_run_can_be_cancelled(orch: Orch) -> None:
     b = orch.submit(script_spec(orch, backend="local", name="second", after=[a]))["run_id"]
     assert orch.status(b)["state"] == "queued"
     orch.json("cancel", b)
-    orch.wait_for_state(b, "cancelled", timeout=30)
+    orch.wait_for_state(b, "cancelled", timeout=60)
     assert not orch.status(b)["alive"]
     orch.json("cancel", a)
     orch.wait_for_state(a, "cancelled", timeout=60)

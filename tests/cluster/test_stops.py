@@ -137,7 +137,7 @@ def kill_slurmstepd(scene: Scene) -> None:
     assert Path(f"/proc/{stepd}/comm").read_text().startswith("slurmstepd")
     scene.mark()
     os.kill(stepd, signal.SIGKILL)
-    scene.cluster.wait("the program to die", lambda: processes.of_run(scene.run) == [], timeout=10)
+    scene.cluster.wait("the program to die", lambda: processes.of_run(scene.run) == [], timeout=60)
 
 
 def restart_dockerd(scene: Scene) -> None:
@@ -165,7 +165,7 @@ def slurmctld_hangs_while_requeueing(scene: Scene) -> None:
     try:
         scene.go()
         scene.wait_event("verdict")
-        scene.cluster.wait("a question without an answer", lambda: asking(scene), timeout=30, interval=0.05)
+        scene.cluster.wait("a question without an answer", lambda: asking(scene), timeout=60, interval=0.05)
     finally:
         os.kill(pid, signal.SIGCONT)
 
@@ -236,7 +236,7 @@ def hang(scene: Scene) -> None:
     scene.wait_event("attempt_started")
     stacks = [scene.directory / "logs" / "attempt-000" / f"stack-rank-{rank}.txt" for rank in (0, 1)]
     scene.cluster.wait("the stacks", lambda: all(path.exists() and path.read_text() for path in stacks), timeout=60)
-    scene.cluster.wait("rank 1's", lambda: "stand_still" in stacks[1].read_text(), timeout=30)
+    scene.cluster.wait("rank 1's", lambda: "stand_still" in stacks[1].read_text(), timeout=60)
 
 
 def mend(scene: Scene) -> None:

@@ -134,7 +134,7 @@ def test_what_an_interrupted_save_still_writes_ends_in_no_other_file(
 
     def slowly(descriptor: int, data: memoryview) -> int:
         if threading.current_thread().name == "orch-write":
-            may_write.wait(20)
+            may_write.wait(60)
         return write(descriptor, data)
 
     def join(thread: threading.Thread, timeout: float | None = None) -> None:

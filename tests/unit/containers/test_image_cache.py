@@ -196,7 +196,7 @@ def test_without_the_program(cache: ImageCache, tmp_path: Path) -> None:
 def test_one_that_is_being_imported_is_not_removed(cache: ImageCache, tmp_path: Path) -> None:
     entry = cache.fetch(PIN, "apptainer")
     with process(cache, str(tmp_path / "held")) as holder:
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while not (tmp_path / "held").exists():
             assert time.monotonic() < until
             time.sleep(0.01)

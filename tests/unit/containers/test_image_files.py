@@ -87,7 +87,7 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ApptainerRuntime
 
 
 def end_of(payload: Payload) -> int:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while (code := payload.poll()) is None:
         assert time.monotonic() < until
         time.sleep(0.02)

@@ -193,7 +193,7 @@ def test_a_removal_beside_a_save_leaves_no_manifest_behind(tmp_path: Path, monke
             wait(removing, timeout=1)  # it waits for the save that waits here; else it would be through at once
 
         save_and(path, remove, monkeypatch, renamed=True)
-        removing[0].result(timeout=20)
+        removing[0].result(timeout=60)
     assert names(tmp_path) == []
 
 
@@ -201,7 +201,7 @@ def test_a_save_keeps_no_other_file_from_being_removed(tmp_path: Path, monkeypat
     path, other = tmp_path / "epoch=1.ckpt", tmp_path / "epoch=0.ckpt"
     io.save_checkpoint(state(0), other)
     with ThreadPoolExecutor(1) as pool:
-        save_and(path, lambda: pool.submit(io.remove_checkpoint, other).result(timeout=20), monkeypatch, renamed=True)
+        save_and(path, lambda: pool.submit(io.remove_checkpoint, other).result(timeout=60), monkeypatch, renamed=True)
     assert names(tmp_path) == ["epoch=1.ckpt", "epoch=1.ckpt.json"]
 
 

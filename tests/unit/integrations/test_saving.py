@@ -135,7 +135,7 @@ def test_what_is_saved_is_the_state_at_the_step_boundary(tmp_path: Path, asynchr
     let, commit = threading.Event(), session.store.commit
 
     def held(*arguments: Any, **options: Any) -> Any:
-        assert let.wait(20)
+        assert let.wait(60)
         return commit(*arguments, **options)
 
     if asynchronous:

@@ -71,7 +71,7 @@ class Stage:
     def end(self) -> int:
         (self.directory / "end").touch()
         assert self.process is not None
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
 
 NewStage = Callable[..., Stage]
@@ -186,7 +186,7 @@ def test_a_run_that_may_start_counts_its_attempts_from_what_the_agent_says(tmp_p
     (tmp_path / "end").touch()
     stage.start()
     assert stage.process is not None
-    assert stage.process.wait(timeout=20) == 0
+    assert stage.process.wait(timeout=60) == 0
     run_dir = tmp_path / "runs" / "run-0123456789"
     assert stage.log() == [f"agent ready {run_dir}", "srun 3 0", "agent finish status 0"]
 
@@ -197,7 +197,7 @@ def test_a_run_that_has_to_wait_again_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "ready-code").write_text("75")
     stage.start()
     assert stage.process is not None
-    assert stage.process.wait(timeout=20) == 75
+    assert stage.process.wait(timeout=60) == 75
     assert stage.log() == [f"agent ready {tmp_path / 'runs' / 'run-0123456789'}"]
 
 
@@ -222,7 +222,7 @@ def test_an_srun_that_outlives_its_agent_is_given_up(new_stage: NewStage, tmp_pa
     with pytest.raises(subprocess.TimeoutExpired):
         stage.process.wait(timeout=1.5)
     (tmp_path / "die").touch()
-    assert stage.process.wait(timeout=20) == 75
+    assert stage.process.wait(timeout=60) == 75
     assert stage.log()[-1] == "agent finish status 137"
 
 

@@ -14,7 +14,7 @@ from orchestrator.files import read_json
 from orchestrator.paths import RunPaths
 from orchestrator.registry import HeartbeatThread, ProgressWriter
 
-DEADLINE_S = 20.0
+DEADLINE_S = 60.0
 
 
 @pytest.fixture

@@ -38,9 +38,9 @@ def test_ctrl_c_while_it_is_waited_for_does_not_make_it_ended(interrupted: threa
         return interrupted.wait(0.05)  # one that comes just before the wait begins does not interrupt it
 
     def commit() -> Any:
-        waited_for.wait(20)
+        waited_for.wait(60)
         poll(interrupt, "the wait to be interrupted")
-        may_end.wait(20)
+        may_end.wait(60)
         ended.append(True)
 
     flight = InFlight()

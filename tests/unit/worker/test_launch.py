@@ -87,7 +87,7 @@ class Node:
 
     def exit_code(self) -> int:
         assert self.process is not None
-        return self.process.wait(timeout=20)
+        return self.process.wait(timeout=60)
 
     def ready(self) -> None:
         poll(lambda: self.log.exists() and "ready" in self.log.read_text(), "the program is up")
@@ -99,7 +99,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
     yield node
     node.let_go()
     if node.process is not None:
-        node.process.wait(timeout=20)
+        node.process.wait(timeout=60)
 
 
 def python(code: str, *arguments: str) -> list[str]:

@@ -65,7 +65,7 @@ def test_a_command_has_the_ranks_environment_and_is_not_taken_for_it(
         assert len(processes_of(run_dir, "a")) == 2
         process.stdin.write("\n")
         process.stdin.close()
-        assert process.wait(20) == 9
+        assert process.wait(60) == 9
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_what_a_command_leaves_running_is_ended_with_it(
         beside(run_dir, "sh", "-c", program),
         capture_output=True,
         text=True,
-        timeout=30,
+        timeout=120,
         check=True,
     )
     assert not Path(f"/proc/{int(done.stdout)}").exists()
@@ -108,7 +108,7 @@ def test_it_ends_with_its_leash_and_when_it_is_told_to_but_not_with_a_drill(
             os.close(held)
         else:
             process.send_signal(signal.Signals[end])
-        assert process.wait(20) > 128
+        assert process.wait(60) > 128
     if end != "leash":
         os.close(held)
     assert not leash.exists()
@@ -121,7 +121,7 @@ def test_what_cannot_be_started_is_told(
     environ = {**os.environ, "ORCH_RUN_DIR": run_dir, "ORCH_NODE": "a", "RANK": "3"}
     with subprocess.Popen(["sleep", "60"], env=environ) as sleeper:
         poll(lambda: own_process(run_dir, "a", 3) is not None, "the rank")
-        done = subprocess.run(beside(run_dir, command, rank=rank), capture_output=True, timeout=30, check=False)
+        done = subprocess.run(beside(run_dir, command, rank=rank), capture_output=True, timeout=120, check=False)
         sleeper.kill()
     assert done.returncode == code
     assert done.stderr.startswith(b"orch: ")

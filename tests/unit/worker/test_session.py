@@ -72,7 +72,7 @@ def verdict(run_dir: Path, attempt: int = 0, rank: int | None = None) -> dict[st
     return content
 
 
-def eventually(condition: Callable[[], bool], *, within_s: float = 5.0) -> bool:
+def eventually(condition: Callable[[], bool], *, within_s: float = 60.0) -> bool:
     deadline = time.monotonic() + within_s
     while not condition() and time.monotonic() < deadline:
         threading.Event().wait(0.01)
@@ -195,8 +195,8 @@ def test_the_watchdog_acts_at_the_deadline_though_no_handler_could_run(tmp_path:
     write_json(file, {"deadline": time.time() + 600})
     assert not missed.wait(0.6)
     write_json(file, {"deadline": time.time()})
-    assert missed.wait(5)
-    watchdog.join(5)
+    assert missed.wait(60)
+    watchdog.join(60)
 
 
 def test_the_watchdog_ends_a_process_that_reaches_no_step_boundary(tmp_path: Path) -> None:
@@ -219,7 +219,7 @@ threading.Event().wait()
         "ORCH_ATTEMPT": "0",
         "ORCH_DEADLINE_FILE": str(tmp_path / "deadline.json"),
     }
-    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environ, timeout=30, check=False)
+    done = subprocess.run([sys.executable, "-c", program], env=os.environ | environ, timeout=120, check=False)
     assert done.returncode == 0  # under orch: PID 1 reads the verdict
     said = verdict(tmp_path)
     assert (said["outcome"], said["reason"], said["step"]) == ("unsaved", "deadline_missed", 5)
@@ -393,7 +393,7 @@ class Held:
 
     def __call__(self, file: BinaryIO) -> None:
         self.begun.set()
-        assert self.let.wait(20)
+        assert self.let.wait(60)
         if self.error is not None:
             raise self.error
         file.write(self.content)
@@ -406,7 +406,7 @@ def test_training_goes_on_while_a_save_is_written(start: Callable[..., Session])
     session, held = start(), Held()
     session.resume()
     session.commit_async(held.freeze, step=1, epoch=0)
-    assert held.begun.wait(20)
+    assert held.begun.wait(60)
     session.report(2, 0, 10)
     assert session.last_manifest is None
     held.let.set()
@@ -430,10 +430,10 @@ def test_a_second_save_waits_for_the_first_before_it_touches_the_state(start: Ca
 
     second = threading.Thread(target=session.commit_async, args=(freeze,), kwargs={"step": 2, "epoch": 0})
     second.start()
-    assert held.begun.wait(20)
+    assert held.begun.wait(60)
     assert not frozen.wait(0.1)
     held.let.set()
-    second.join(20)
+    second.join(60)
     session.finish_save()
     assert [manifest.step for manifest in session.store.manifests()] == [2, 1]
 
@@ -526,7 +526,7 @@ def test_a_stop_does_not_wait_for_an_upload(tmp_path: Path, start: Callable[...,
     session.commit_async(held.freeze, step=1, epoch=0)
     upload = session._in_flight._save
     assert upload is not None
-    assert held.begun.wait(20)
+    assert held.begun.wait(60)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
     held.let.set()
     upload.wait()  # it ends all the same before the process does
@@ -557,14 +557,14 @@ def test_a_stop_does_not_wait_for_old_checkpoints_to_be_removed(start: Callable[
 
     def slow(*arguments: Any, **options: Any) -> Any:
         verifying.set()
-        assert go_on.wait(20)
+        assert go_on.wait(60)
         return examine(*arguments, **options)
 
     for step in (1, 2):
         session.commit(lambda file: file.write(b"x"), step=step, epoch=0)
     store.medium.examine = slow  # type: ignore[method-assign]
     session.commit_async(lambda: lambda file: file.write(b"x"), step=3, epoch=0)
-    assert verifying.wait(20)
+    assert verifying.wait(60)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=4, epoch=0)
     go_on.set()
     session.finish_save()
@@ -642,7 +642,7 @@ def test_a_save_in_flight_is_waited_for_when_the_training_fails(start: Callable[
     with pytest.raises(ValueError, match="the training"), session.guard():
         session.resume()
         session.commit_async(held.freeze, step=1, epoch=0)
-        assert held.begun.wait(20)
+        assert held.begun.wait(60)
         threading.Timer(0.1, held.let.set).start()
         raise ValueError("the training failed")
     assert session.last_manifest is not None
@@ -656,7 +656,7 @@ def test_at_the_deadline_a_save_in_flight_is_not_waited_for_after_a_failure(
     with pytest.raises(ValueError, match="the training"), session.guard():
         session.resume()
         session.commit_async(held.freeze, step=1, epoch=0)
-        assert held.begun.wait(20)
+        assert held.begun.wait(60)
         raise ValueError("the training failed")
     assert session.last_manifest is None
     held.let.set()
@@ -799,7 +799,7 @@ def test_outside_the_main_thread_signals_are_not_caught_and_that_is_said(
     before = signal.getsignal(signal.SIGUSR1)
     thread = threading.Thread(target=start().install_signal_handlers)
     thread.start()
-    thread.join(5)
+    thread.join(60)
     assert signal.getsignal(signal.SIGUSR1) is before
     assert "not in the main thread" in caplog.text
 
@@ -1018,11 +1018,11 @@ def test_an_upload_that_fails_while_the_process_leaves_does_not_go_to_the_disk(
     session.commit_async(held.freeze, step=1, epoch=0)
     upload = session._in_flight._save
     assert upload is not None
-    assert held.begun.wait(20)
+    assert held.begun.wait(60)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
     held.error = OSError(errno.ETIMEDOUT, "no answer")
     held.let.set()
-    upload.wait(20)
+    upload.wait(60)
     assert in_refuge(session) == [2]
 
 
@@ -1077,7 +1077,7 @@ def test_a_store_that_does_not_say_who_owns_the_run_does_not_cost_the_last_save(
 
     def owner() -> None:
         if how == "hangs":
-            done.wait(20)
+            done.wait(60)
         raise CheckpointError("no answer")
 
     session.store.owner = owner  # type: ignore[assignment, method-assign]
