@@ -58,7 +58,7 @@ def left_behind(orch: Orch) -> list[str]:
 
 def test_without_a_spec_it_tells_of_the_default_partition(orch: Orch) -> None:
     found = examine(orch)
-    assert found["save_seconds"] == {"preemption": 20, "time_limit": None, "requeue_by_admin": 5}
+    assert found["save_seconds"] == {"preemption": 20, "time_limit": None, "requeue_by_admin": 10}
     assert levels(found) == {"ok"}
     assert [finding["topic"] for finding in found["findings"]] == [
         "slurm", "partition", "preemption", "save", "save", "time", "requeue", "arrays", "dead node", "accounting",
@@ -80,7 +80,7 @@ def test_a_spec_is_examined_with_its_own_values(orch: Orch, cluster: Cluster) ->
     )
     orch.write_spec(spec)
     found = examine(orch, "spec.yaml")
-    assert found["save_seconds"] == {"preemption": 5, "time_limit": 20, "requeue_by_admin": 5}
+    assert found["save_seconds"] == {"preemption": 10, "time_limit": 20, "requeue_by_admin": 10}
     assert "a save has 10 s at a preemption (KillWait)" in told(found, "save", "warn")[0]
     assert "SIGTERM goes to the batch script and to the steps" in told(found, "preemption")[0]
     assert "resources.time 00:10:00 fits" in told(found, "time")[0]
@@ -191,6 +191,14 @@ def test_a_job_looks_at_a_compute_node(orch: Orch, cluster: Cluster, runtime: st
     assert left_behind(orch) == []
 
 
+def test_a_program_that_is_not_on_the_node(orch: Orch) -> None:
+    image = f"registry.example/train@sha256:{'0' * 64}"
+    orch.write_spec(script_spec(orch, container={"runtime": "pyxis", "image": image}))
+    here, there = told(examine(orch, "spec.yaml", "--node", timeout=180), "engine", "warn")
+    assert "has no enroot (this machine; the nodes are what counts)" in here
+    assert "has no enroot" in there and there.startswith("n")
+
+
 @pytest.mark.parametrize("runtime", ["docker", "podman"])
 def test_containers_that_nobody_owns_any_more(orch: Orch, cluster: Cluster, runtime: str) -> None:
     assert cluster.image is not None
@@ -244,7 +252,7 @@ def test_orch_brings_a_cancelled_job_back_as_it_says(orch: Orch, cluster: Cluste
     found = examine(orch, "spec.yaml")
     assert "Slurm does not requeue the job; orch does, after the save" in told(found, "preemption", "warn")[0]
     assert "PreemptMode=REQUEUE: low, nograce" in told(found, "preemption", "warn")[0]
-    assert found["save_seconds"]["preemption"] == (grace_s or 5)
+    assert found["save_seconds"]["preemption"] == (grace_s or 10)
 
     run = orch.submit(spec)["run_id"]
     orch.wait_for_step(run, 5)

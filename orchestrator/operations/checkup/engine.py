@@ -14,21 +14,27 @@ _SMALL_STORE_BYTES = 20 * 10**9
 
 def engine_findings(target: Target, facts: EngineFacts) -> Iterator[Finding]:
     """The engine of this machine. On a cluster the nodes' engines count, which only `--node` asks."""
-    if target.runtime is not None and target.contained and target.engine is None:
-        return  # apptainer has none
     if facts.error:
         yield _absent(target, facts.error)
         return
-    yield _version("", facts)
+    yield _version("", target, facts)
     yield from _leftovers("", target, facts)
+    if not _has_engine(target):
+        return  # an image file is looked at before submission
     if target.image is not None and not facts.image_here:
         yield _image_missing(target)
     elif target.image is not None:
         yield Finding("image", Level.OK, f"{target.image} is on this machine", None, Family.CONTAINER)
 
 
-def _version(where: str, facts: EngineFacts) -> Finding:
-    message = f"{where}container engine {facts.version} answers"
+def _has_engine(target: Target) -> bool:
+    """apptainer and enroot have none; without a spec it is docker that is asked."""
+    return not target.contained or target.engine is not None
+
+
+def _version(where: str, target: Target, facts: EngineFacts) -> Finding:
+    engine = "container engine " if _has_engine(target) else ""
+    message = f"{where}{engine}{facts.version} answers"
     if facts.store_free_bytes is None:
         return Finding("engine", Level.OK, message, None, Family.CONTAINER)
     message += f"; its store {facts.store} has {size(facts.store_free_bytes)} free"
@@ -50,7 +56,7 @@ def _leftovers(where: str, target: Target, facts: EngineFacts) -> Iterator[Findi
 
 def _absent(target: Target, error: str) -> Finding:
     if target.contained and target.backend == "local":
-        ready = "start docker, set DOCKER_HOST" if target.engine == "docker" else f"install {target.engine}"
+        ready = "start docker, set DOCKER_HOST" if target.engine == "docker" else "install it"
         fix = f"{ready}, or use container.runtime: none"
         return Finding("engine", Level.BAD, error, fix, Family.CONTAINER)
     if target.contained:
@@ -75,13 +81,17 @@ def _image_missing(target: Target) -> Finding:
 
 def node_engine_findings(target: Target, facts: EngineFacts, where: str) -> Iterator[Finding]:
     """The engine of a compute node, and what a container there may write."""
+    if facts.error and not _has_engine(target):
+        fix = "what `slurm.setup` loads was not asked; else install it there, or use container.runtime: none"
+        yield Finding("engine", Level.WARN, f"{where}{facts.error}", fix, Family.CONTAINER)
+        return
     if facts.error:
         fix = "use nodes with an engine that you may use (constraint, partition), or container.runtime: none"
         yield Finding("engine", Level.BAD, f"{where}{facts.error}", fix, Family.CONTAINER)
         return
-    yield _version(where, facts)
+    yield _version(where, target, facts)
     yield from _leftovers(where, target, facts)
-    if target.image is None:
+    if target.image is None or not _has_engine(target):
         return
     if not facts.image_here:
         yield _not_on_node(target, where)

@@ -183,11 +183,8 @@ def _examine_engine(target: Target, run: Runner) -> Iterator[Finding]:
     if target.runtime == "none":
         return
     try:
-        facts = EngineFacts(
-            **_probe({"engine": {"runtime": target.engine or "docker", "image": target.image}}, run, _ENGINE_S)[
-                "engine"
-            ]
-        )
+        wanted = {"runtime": target.runtime or "docker", "image": target.image}
+        facts = EngineFacts(**_probe({"engine": wanted}, run, _ENGINE_S)["engine"])
     except BackendError as error:
         facts = EngineFacts(error=f"the container engine gave no answer: {error.message}")
     yield from engine_findings(target, facts)

@@ -68,7 +68,8 @@ def ask_node(target: Target, root: DiskFacts | None, *, start_s: float, run: Run
         return NodeAnswer(error=f"no job was started: {meeting.parent} cannot be written ({error.strerror})")
     try:
         disks = [str(place) for place in (target.root, target.checkpoints) if place is not None]
-        wanted = {"meeting": str(meeting), "nonce": nonce, "engine": target.engine, "image": target.image}
+        engine = target.runtime if target.contained else None
+        wanted = {"meeting": str(meeting), "nonce": nonce, "engine": engine, "image": target.image}
         request = json.dumps({"disks": disks, "node": wanted})
         answer = _read(_Job(target, f"orch-doctor-{nonce}", request, run).wait(start_s), target)
         return answer if answer.node is None else replace(answer, met=_met(meeting, nonce))

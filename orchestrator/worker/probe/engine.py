@@ -1,4 +1,7 @@
-"""The container engine of this machine, and whether an ordinary container can write to a directory as this user."""
+"""The container engine of this machine, and whether an ordinary container can write to a directory as this user.
+
+Of a runtime without an engine, whether the program that it calls is here.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,14 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from orchestrator.containers.payload import Engine, Mount, PayloadRequest, open_engine
+from orchestrator.containers.payload import ENGINES, Engine, Mount, PayloadRequest, open_engine
+from orchestrator.containers.process import run_client, words_of
 from orchestrator.errors import ContainerError
 from orchestrator.worker.node import attempt_lives, node_root
 
 _CONTAINER_S = 60
+_CLIENT_S = 10.0
+_CLIENTS = {"apptainer": ("apptainer", "--version"), "pyxis": ("enroot", "version")}
 _PROGRAM = "import pathlib, sys; [pathlib.Path(place, 'from-container').write_text('x') for place in sys.argv[1:]]"
 
 
@@ -32,13 +38,15 @@ class EngineFacts:
 def probe_engine(name: str, image: str | None) -> EngineFacts:
     """Version, store, and whether the image is here. Pulls nothing; raises nothing."""
     try:
-        return _ask(open_engine(name), image)
+        return _ask(open_engine(name), image) if name in ENGINES else _ask_client(name)
     except ContainerError as error:
         return EngineFacts(error=error.message)
 
 
 def probe_container(name: str, image: str, directories: list[Path]) -> EngineFacts:
     """As `probe_engine`; then let a container write a file into each of the directories (skipped without the image)."""
+    if name not in ENGINES:
+        return probe_engine(name, None)
     try:
         engine = open_engine(name)
         facts = _ask(engine, image)
@@ -51,6 +59,15 @@ def _ask(engine: Engine, image: str | None) -> EngineFacts:
     about = engine.about()
     here = None if image is None else engine.has_image(image)
     return EngineFacts("", about.version, about.store, _free_bytes(about.store), here, _leftovers(engine))
+
+
+def _ask_client(name: str) -> EngineFacts:
+    """Its version only: what it runs is a file, and what it unpacks has no container's labels."""
+    argv = _CLIENTS[name]
+    done = run_client(argv, environ=os.environ, timeout_s=_CLIENT_S, hint="")
+    if done.returncode != 0:
+        return EngineFacts(error=f"{' '.join(argv)} ended with {done.returncode}: {words_of(done.stderr)}")
+    return EngineFacts(version=f"{argv[0]} {done.stdout.split()[-1] if done.stdout.split() else ''}".strip())
 
 
 def _leftovers(engine: Engine) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from orchestrator.operations.checkup.findings import Examined, Family, Finding, 
 from orchestrator.operations.checkup.machine import Interpreter, ask_interpreter, limit_findings, python_finding
 from orchestrator.operations.checkup.node import NodeAnswer, node_command, node_findings
 from orchestrator.worker.probe.disk import DiskFacts, probe_disk
-from orchestrator.worker.probe.engine import EngineFacts
+from orchestrator.worker.probe.engine import EngineFacts, probe_container, probe_engine
 from orchestrator.worker.probe.node import NodeFacts, meet
 from tests.unit.operations.checkup.given import target, words
 
@@ -157,6 +157,9 @@ ENGINE = EngineFacts("", "27.1", "/var/lib/docker", 10**12, True)
         (EngineFacts(error="none answers"), {"runtime": "docker", "image": IMAGE}, ["warn"]),
         (EngineFacts(error="none answers"), {"runtime": "docker", "image": IMAGE, "backend": "local"}, ["bad"]),
         (EngineFacts(error="none answers"), {"runtime": None}, ["ok"]),
+        (EngineFacts(version="enroot 3.5.0"), {"runtime": "pyxis", "image": PINNED}, ["ok"]),
+        (EngineFacts(error="node n1 has no enroot"), {"runtime": "pyxis", "image": PINNED}, ["warn"]),
+        (EngineFacts(error="no apptainer"), {"runtime": "apptainer", "image": PINNED, "backend": "local"}, ["bad"]),
     ],
 )
 def test_the_engine_of_this_machine(facts: EngineFacts, changes: dict[str, object], levels: list[str]) -> None:
@@ -178,6 +181,39 @@ def test_the_engine_of_a_node(facts: EngineFacts, image: str, last: tuple[str, s
     assert finding.level.value == last[0]
     assert last[1] in finding.message
     assert finding.family is Family.CONTAINER
+
+
+@pytest.mark.parametrize(
+    ("facts", "level", "said"),
+    [
+        (EngineFacts(version="apptainer 1.3.4"), "ok", "n1: apptainer 1.3.4 answers"),
+        (EngineFacts(error="node n1 has no apptainer"), "warn", "n1: node n1 has no apptainer"),
+    ],
+)
+def test_a_program_of_a_node_that_may_come_with_a_module(facts: EngineFacts, level: str, said: str) -> None:
+    (finding,) = node_engine_findings(target(runtime="apptainer", image=PINNED), facts, "n1: ")
+    assert (finding.level.value, finding.message) == (level, said)
+    assert (level == "ok") is ("slurm.setup" not in str(finding.fix))
+
+
+@pytest.mark.parametrize(
+    ("runtime", "program", "prints", "version"),
+    [
+        ("apptainer", "apptainer", "apptainer version 1.3.4-1.el9", "apptainer 1.3.4-1.el9"),
+        ("pyxis", "enroot", "3.5.0", "enroot 3.5.0"),
+    ],
+)
+def test_the_program_of_a_runtime_without_an_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runtime: str, program: str, prints: str, version: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert f"has no {program}" in probe_engine(runtime, None).error
+    path = tmp_path / program
+    path.write_text(f"#!/bin/sh\necho '{prints}'\n")
+    path.chmod(0o755)
+    assert probe_container(runtime, PINNED, []) == EngineFacts(version=version)
+    path.write_text("#!/bin/sh\necho 'no user namespaces' >&2; exit 3\n")
+    assert probe_engine(runtime, None).error.endswith("ended with 3: no user namespaces")
 
 
 def test_the_probe_answers_whatever_is_missing(tmp_path: Path) -> None:
