@@ -29,14 +29,18 @@ class ApptainerRuntime:
         """Nothing to do: without its agent a payload ends by its leash."""
         return ()
 
-    def start(self, request: PayloadRequest) -> Payload:
-        """Start PID 1 in a container as a child."""
+    def prepare(self, request: PayloadRequest) -> None:
+        """Import the image, or compare the pinned file."""
         if request.scratch.is_relative_to("/dev"):
             raise ContainerError(
                 f"apptainer cannot mount {request.scratch} into a container that has a /dev of its own",
                 hint="Set ORCH_NODE_DIR to a node-local directory outside /dev in `slurm.setup`, such as $TMPDIR.",
             )
-        path = image_path(request, self.name, self._environ)
+        image_path(request, self.name, self._environ, verify=request.verify_image)
+
+    def start(self, request: PayloadRequest) -> Payload:
+        """Start PID 1 in a container as a child."""
+        path = image_path(request, self.name, self._environ, verify=False)
         hint = "Install apptainer on the compute nodes (a module in `slurm.setup`), or use another runtime."
         environ = {**self._environ, **environment(request)}
         return spawn(self.name, exec_command(request, str(path)), request, environ, hint)

@@ -195,11 +195,14 @@ class DockerRuntime:
             ) from error
         return removed
 
+    def prepare(self, request: PayloadRequest) -> None:
+        """Pull the image; a pull that is given up leaves its layers for the next one."""
+        self.ensure_image(request.image or "")
+
     def start(self, request: PayloadRequest) -> Payload:
         """Create and start the container; a failure names the image, the mount or the entrypoint."""
         import requests
 
-        self.ensure_image(request.image or "")
         try:
             container = self._client.containers.create(**container_options(request))
             try:

@@ -155,12 +155,15 @@ class ImageCache:
             raise pull_error(command[0], image, words)
 
 
-def image_path(request: PayloadRequest, runtime: str, environ: Mapping[str, str]) -> Path:
-    """The file to start: the pinned one, or the imported one of a pin in a registry. Raises ContainerError."""
+def image_path(request: PayloadRequest, runtime: str, environ: Mapping[str, str], *, verify: bool) -> Path:
+    """The file to start: the pinned one, or the imported one of a pin in a registry. Raises ContainerError.
+
+    With `verify` it is read whole.
+    """
     image = request.image or ""
     if file_pin(image) is not None:
-        return file_of(image, node=request.node, verify=request.verify_image)
-    return ImageCache(request.images, environ).fetch(image, runtime, verify=request.verify_image).path
+        return file_of(image, node=request.node, verify=verify)
+    return ImageCache(request.images, environ).fetch(image, runtime, verify=verify).path
 
 
 def import_command(image: str, runtime: str, target: Path) -> list[str]:

@@ -110,8 +110,14 @@ class Runtime(Protocol):
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         """End payloads of older attempts of this run on this node; return their ids. Never touches a newer one."""
 
+    def prepare(self, request: PayloadRequest) -> None:
+        """Have the image on this node, which may take an hour. Raises ContainerError.
+
+        A signal handler may raise out of it at any moment: what is half done is taken back, or completed next time.
+        """
+
     def start(self, request: PayloadRequest) -> Payload:
-        """Start PID 1; raises ContainerError with the engine's words and the fix."""
+        """Start PID 1, once `prepare` has returned; raises ContainerError with the engine's words and the fix."""
 
 
 class Engine(Runtime, Protocol):

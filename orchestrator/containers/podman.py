@@ -193,9 +193,12 @@ class PodmanRuntime:
             ) from error
         return old
 
+    def prepare(self, request: PayloadRequest) -> None:
+        """Pull the image."""
+        self.ensure_image(request.image or "")
+
     def start(self, request: PayloadRequest) -> Payload:
         """Create and start the container; a failure names the image, the mount or the entrypoint."""
-        self.ensure_image(request.image or "")
         # Of a container that has ended already, podman itself no longer tells conmon's pid.
         monitored = f"--conmon-pidfile={request.scratch / _PIDFILE}"
         arguments = create_arguments(request, rootless=os.geteuid() != 0)

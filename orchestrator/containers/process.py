@@ -42,24 +42,22 @@ def run_client(
     """
     program, node = argv[0], os.uname().nodename
     try:
-        with stop_signals_held():
-            process = subprocess.Popen(
-                argv,
-                cwd=cwd,
-                env=dict(environ),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-                errors="replace",
-                start_new_session=True,
-            )
-        with process:
-            try:
-                output, errors = process.communicate(timeout=timeout_s)
-            except BaseException:
-                _end_session(process.pid)
-                raise
+        with contextlib.ExitStack() as started:
+            with stop_signals_held():  # which raises, where a handler does, once the process is in the stack's hands
+                process = subprocess.Popen(
+                    argv,
+                    cwd=cwd,
+                    env=dict(environ),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    errors="replace",
+                    start_new_session=True,
+                )
+                started.enter_context(process)
+                started.push(lambda kind, *_: None if kind is None else _end_session(process.pid))
+            output, errors = process.communicate(timeout=timeout_s)
     except FileNotFoundError as error:
         raise ContainerError(
             f"node {node} has no {program}",
@@ -151,6 +149,9 @@ class ProcessRuntime:
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         """Nothing to do: without its agent a payload ends by its leash."""
         return ()
+
+    def prepare(self, request: PayloadRequest) -> None:
+        """Nothing to do: there is no image."""
 
     def start(self, request: PayloadRequest) -> Payload:
         """Start PID 1 as a child."""

@@ -54,22 +54,30 @@ class PyxisRuntime:
             return False
         return True
 
-    def start(self, request: PayloadRequest) -> Payload:
-        """Unpack the image and start PID 1 in it."""
+    def prepare(self, request: PayloadRequest) -> None:
+        """Import the image, or compare the pinned file; then unpack it."""
         for mount in request.mounts:
             if reason := mount_refusal(mount.source, self.name) or mount_refusal(mount.target, self.name):
                 raise ContainerError(reason, hint="Take another root or workspace, or another runtime.")
-        path = image_path(request, self.name, self._environ)
+        path = image_path(request, self.name, self._environ, verify=request.verify_image)
         name = container_name(request.run_dir, request.node, request.attempt)
         try:
             self._ask("create", f"--name={name}", str(path), timeout_s=_CREATE_S)
+        except BaseException:
+            self._removed(name)  # half of one fills the disk as well
+            raise
+
+    def start(self, request: PayloadRequest) -> Payload:
+        """Start PID 1 in what has been unpacked."""
+        name = container_name(request.run_dir, request.node, request.attempt)
+        try:
             script = request.scratch / "rc"
             script.write_text(_COMMAND_SCRIPT)
             environ = {**self._environ, **environment(request), "ENROOT_LOGIN_SHELL": "no"}
             hint = "Install enroot on the compute nodes, or use another runtime."
             child = spawn("enroot", start_command(request, name, script), request, environ, hint)
         except BaseException:
-            self._removed(name)  # half of one fills the disk as well
+            self._removed(name)
             raise
         return PyxisPayload(self, child, name)
 

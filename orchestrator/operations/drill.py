@@ -160,6 +160,7 @@ class Evidence:
     exit_codes: tuple[int, ...]
     started: Mapping[str, Any] | None
     resumed: Mapping[str, Any] | None
+    unused: bool = False  # an agent was told before it had started the program
     made_step: int | None = None
     made_at: float | None = None
 
@@ -185,6 +186,7 @@ def gather(record: Record, drill: Signalled) -> Evidence:
         exit_codes=tuple(int(e["exit_code"]) for e in mine if e["event"] == "verdict" and "exit_code" in e),
         started=next((event for event in later if event["event"] == "attempt_started"), None),
         resumed=_newest(later, "resumed"),
+        unused=any(event["event"] == "verdict" and event.get("unused") for event in mine),
         made_step=None if made is None else int(made["step"]),
         made_at=None if made is None else float(made.get("time") or 0.0),
     )
@@ -325,6 +327,8 @@ def _why_unsaved(shown: Certificate, evidence: Evidence) -> str:
     if not evidence.over:
         heard = "the program has neither stopped nor saved" if shown.told else "no agent has noted the signal"
         return f"the time was up: {heard}"
+    if evidence.unused:
+        return "the program had not been started: its image was still on the way. Try again once it makes steps"
     if evidence.exit_codes and set(evidence.exit_codes) <= {ExitCode.DONE, ExitCode.SAVED}:
         return f"the program left when it was told to, but orch cannot see whether it saved anything; {session}"
     return (

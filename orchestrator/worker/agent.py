@@ -140,6 +140,9 @@ class _Deferred:
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Any:
         return self._open().remove_leftovers(run_dir, node, before_attempt)
 
+    def prepare(self, request: PayloadRequest) -> None:
+        self._open().prepare(request)
+
     def start(self, request: PayloadRequest) -> Payload:
         return self._open().start(request)
 

@@ -14,6 +14,9 @@ NO_PROGRESS_ATTEMPTS = 3
 BACKOFF_GROWTH = 4
 """Each further attempt of a crash loop waits so many times longer than the one before it."""
 
+UNUSED = "unused"
+"""Outcome in the verdict of a node that was told to stop before it had started the program; none ran anywhere else."""
+
 _FAILED = frozenset(
     {
         ExitReason.FAILURE,
@@ -96,6 +99,8 @@ def judge(evidence: Evidence) -> Outcome:
         return outcome(cause)
     if said == "unsaved":
         return outcome(ExitReason.DEADLINE_MISSED, str(verdict.get("message") or "") if verdict is not None else "")
+    if any(failure["outcome"] == UNUSED for failure in evidence.failures):
+        return outcome(cause, f"{cause.message} before the program had been started")
     if evidence.cause is not None or evidence.scheduler_silent:
         return outcome(cause, f"{cause.message}; the program did not say that it has saved anything")
     if ExitCode.SAVED in codes and codes <= {ExitCode.DONE, ExitCode.SAVED}:

@@ -27,6 +27,7 @@ from orchestrator.registry import EventLog
 from orchestrator.states import ExitCode, ExitReason
 from orchestrator.words import size
 from orchestrator.worker import launch
+from orchestrator.worker.decision import UNUSED
 from orchestrator.worker.node import NodeDirectory, node_root
 from orchestrator.worker.scheduler import Notice, Scheduler
 from orchestrator.worker.watchdog import StallWatch
@@ -62,6 +63,10 @@ class Place:
     local_address: str | None
 
 
+class _ToldToStop(BaseException):
+    """A notice while the image is on its way. No error, which somebody on the way up could take for one of his own."""
+
+
 class NodeAgent:
     """Runs one node's share of one attempt: starts PID 1, passes notices on, records the end."""
 
@@ -83,6 +88,8 @@ class NodeAgent:
         self.notice: Notice | None = None
         self._signals: list[int] = []
         self._wake = threading.Event()
+        self._preparing = False
+        self.unused = False  # told to stop before there was a program
         self._peer_failed_at: float | None = None
         self._next_peer_look = 0.0
         limit_s = orders["watchdog"]["no_progress_s"]
@@ -99,6 +106,9 @@ class NodeAgent:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         self.take_notice(signum)
+        if self._preparing:
+            self._preparing = False
+            raise _ToldToStop
 
     def take_notice(self, signum: int) -> None:
         """Note that we are to stop; PID 1 is told as soon as it is there."""
@@ -126,7 +136,12 @@ class NodeAgent:
     def _run_in(self, directory: NodeDirectory) -> int:
         shutil.copyfile(launch.__file__, directory.launcher)
         directory.write_config(self._launch_config(directory))
-        payload = self.runtime.start(self._request(directory))
+        request = self._request(directory)
+        if not self._prepared(request):
+            self._pass_on(directory)
+            self.unused = True
+            return ExitCode.SAVED
+        payload = self.runtime.start(request)
         self.events.append(
             "container_started", attempt=self.place.attempt, node=self.place.node_name, **payload.describe()
         )
@@ -134,6 +149,20 @@ class NodeAgent:
             return self._watch(payload, directory)
         finally:
             self._put_away(payload, directory)
+
+    def _prepared(self, request: PayloadRequest) -> bool:
+        """Have the image here; False when a notice came first: an hour's import would outlast every grace."""
+        try:
+            try:
+                self._preparing = True
+                if self._signals:
+                    return False
+                self.runtime.prepare(request)
+            finally:
+                self._preparing = False
+        except _ToldToStop:
+            return False
+        return True
 
     def _put_away(self, payload: Payload, directory: NodeDirectory) -> None:
         """What is left to do afterwards. An engine that fails only now does not change how the program ended."""
@@ -439,11 +468,14 @@ def run_node(agent: NodeAgent) -> int:
     """Run and leave a record, whatever happens: PID 1's exit code, or 1 with a verdict that says why it never ran."""
     place, paths = agent.place, agent.paths
     message = ""
+    outcome = "failed"
     reason: str | None = None
     try:
         code = agent.run()
         message = f"node {place.node_name}: the program ended with exit code {code}{last_words(paths, place)}"
-        if code in (_NOT_EXECUTABLE, _NOT_FOUND):
+        if agent.unused:
+            outcome, message = UNUSED, f"node {place.node_name}: told to stop before the program had been started"
+        elif code in (_NOT_EXECUTABLE, _NOT_FOUND):
             reason = ExitReason.LAUNCH_FAILURE.value
         elif agent.other_processor:
             reason = ExitReason.LAUNCH_FAILURE.value
@@ -458,16 +490,17 @@ def run_node(agent: NodeAgent) -> int:
         paths.logs(place.attempt).mkdir(parents=True, exist_ok=True)
         with paths.node_log(place.attempt, place.node).open("a") as log:
             log.write(f"orch: {message}\n")
-    if code not in (ExitCode.DONE, ExitCode.SAVED):
+    if agent.unused or code not in (ExitCode.DONE, ExitCode.SAVED):  # the peers need not wait for it
         verdict = {
-            "outcome": "failed",
+            "outcome": outcome,
             "reason": reason,
             "node": place.node_name,
             "exit_code": code,
             "message": message,
         }
         write_json(paths.node_verdict(place.attempt, place.node), {**verdict, "time": time.time()})
-    agent.events.append("verdict", attempt=place.attempt, node=place.node, exit_code=code, message=message)
+    known = {"unused": True} if agent.unused else {}
+    agent.events.append("verdict", attempt=place.attempt, node=place.node, exit_code=code, message=message, **known)
     return code
 
 

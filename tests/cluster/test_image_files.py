@@ -112,6 +112,27 @@ def test_another_file_under_the_same_name_is_not_run(orch: Orch, cluster: Cluste
     assert calls(orch, "exec") == calls(orch, "create") == []
 
 
+def test_a_notice_during_an_import_is_heard_at_once(orch: Orch, cluster: Cluster, runtime: str) -> None:
+    """On a partition whose preempted jobs Slurm does not requeue: an agent that did not listen would lose the run."""
+    given = spec(orch, runtime, f"ghcr.io/lab/slow@sha256:{HASH}")
+    given["slurm"]["partition"] = "cancel"
+    run = orch.submit(given)["run_id"]
+    cluster.wait("the import to begin", (orch.directory / "calls.jsonl.slow").exists, timeout=60)
+    cluster.preempt(nodes=3, seconds=1)
+    orch.wait_for_step(run, 1, attempt=1, timeout=120)
+    (orch.run_dir(run) / "enough").touch()
+    orch.wait_for_state(run, "completed")
+    first, second = orch.attempts(run)
+    assert (first["exit_reason"], first["message"]) == (
+        "preempted",
+        "preempted before the program had been started",
+    )
+    assert first["ended"] - orch.events(run, "signalled")[0]["at"] < 15, "the grace is 20 s"
+    assert second["exit_reason"] == "completed"
+    assert processes.of_run(run) == []
+    assert [path.name for path in (orch.root / "images").glob(".import-*")] == []
+
+
 def test_what_no_registry_gives_ends_the_run_with_its_words(orch: Orch, cluster: Cluster, runtime: str) -> None:
     pin = f"ghcr.io/lab/absent@sha256:{HASH}"
     run = orch.submit(spec(orch, runtime, pin))["run_id"]

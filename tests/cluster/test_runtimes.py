@@ -37,7 +37,9 @@ class Bench:
         self.started: list[Payload] = []
 
     def start(self, program: str, **changes: Any) -> Payload:
-        payload = self.runtime.start(self.request(program, **changes))
+        request = self.request(program, **changes)
+        self.runtime.prepare(request)
+        payload = self.runtime.start(request)
         self.started.append(payload)
         return payload
 

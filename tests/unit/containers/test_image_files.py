@@ -15,7 +15,7 @@ import pytest
 from orchestrator.containers import pyxis
 from orchestrator.containers.apptainer import ApptainerRuntime, environment, exec_command
 from orchestrator.containers.image_file import file_of, sha256_of, split_pin
-from orchestrator.containers.payload import Mount, Payload
+from orchestrator.containers.payload import Mount, Payload, PayloadRequest, Runtime
 from orchestrator.containers.pyxis import PyxisRuntime, container_name, start_command
 from orchestrator.errors import ContainerError
 from tests.unit.containers.test_docker import request
@@ -86,6 +86,11 @@ def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ApptainerRuntime
     return ApptainerRuntime()
 
 
+def begun(runtime: Runtime, asked: PayloadRequest) -> Payload:
+    runtime.prepare(asked)
+    return runtime.start(asked)
+
+
 def end_of(payload: Payload) -> int:
     until = time.monotonic() + 60
     while (code := payload.poll()) is None:
@@ -97,7 +102,7 @@ def end_of(payload: Payload) -> int:
 def test_the_exit_code_is_the_program_s(runtime: ApptainerRuntime, image: str, tmp_path: Path) -> None:
     log = tmp_path / "log"
     asked = request(argv=("python3", "-c", "print('hello'); raise SystemExit(75)"), image=image, cwd="/", log=log)
-    payload = runtime.start(asked)
+    payload = begun(runtime, asked)
     assert end_of(payload) == 75
     assert log.read_text() == "hello\n"
     assert payload.describe()["runtime"] == "apptainer"
@@ -105,7 +110,7 @@ def test_the_exit_code_is_the_program_s(runtime: ApptainerRuntime, image: str, t
 
 def test_a_killed_one_is_dead(runtime: ApptainerRuntime, image: str, tmp_path: Path) -> None:
     argv = ("python3", "-c", "import time; time.sleep(600)")
-    payload = runtime.start(request(argv=argv, image=image, cwd="/", log=tmp_path / "log"))
+    payload = begun(runtime, request(argv=argv, image=image, cwd="/", log=tmp_path / "log"))
     assert payload.poll() is None
     payload.kill()
     assert end_of(payload) == 137
@@ -114,7 +119,7 @@ def test_a_killed_one_is_dead(runtime: ApptainerRuntime, image: str, tmp_path: P
 def test_another_image_is_not_started(runtime: ApptainerRuntime, image: str, tmp_path: Path) -> None:
     split_pin(image)[0].write_bytes(b"another")
     with pytest.raises(ContainerError, match="is not the one that was pinned"):
-        runtime.start(request(image=image, cwd="/", log=tmp_path / "log"))
+        begun(runtime, request(image=image, cwd="/", log=tmp_path / "log"))
 
 
 def test_a_node_without_the_program(
@@ -122,14 +127,14 @@ def test_a_node_without_the_program(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ContainerError, match="cannot start apptainer: No such file") as caught:
-        runtime.start(request(image=image, cwd="/", log=tmp_path / "log"))
+        begun(runtime, request(image=image, cwd="/", log=tmp_path / "log"))
     assert caught.value.hint
 
 
 def test_a_node_directory_below_dev_cannot_be_mounted(runtime: ApptainerRuntime, image: str, tmp_path: Path) -> None:
     asked = request(image=image, cwd="/", scratch=Path("/dev/shm/orch-0/run"), log=tmp_path / "log")
     with pytest.raises(ContainerError, match="a /dev of its own") as caught:
-        runtime.start(asked)
+        begun(runtime, asked)
     assert "ORCH_NODE_DIR" in (caught.value.hint or "")
 
 
@@ -182,7 +187,7 @@ def test_unpacked_started_and_removed(enroot: PyxisRuntime, image: str, tmp_path
     asked = request(
         argv=("python3", "-c", program), image=image, cwd="/usr", scratch=tmp_path, log=log, environ={"A": "b $c"}
     )
-    payload = enroot.start(asked)
+    payload = begun(enroot, asked)
     assert end_of(payload) == 75
     assert log.read_text() == "/usr b $c\n"
     assert payload.describe()["container"] == NAME
@@ -214,7 +219,7 @@ def test_half_of_an_image_is_not_left_on_a_full_disk(
 
     monkeypatch.setattr(enroot, "_ask", full)
     with pytest.raises(ContainerError, match="no space left"):
-        enroot.start(request(image=image, cwd="/usr", scratch=tmp_path, log=tmp_path / "log"))
+        begun(enroot, request(image=image, cwd="/usr", scratch=tmp_path, log=tmp_path / "log"))
     assert list((tmp_path / "data").iterdir()) == []
 
 
@@ -228,13 +233,13 @@ def test_what_cannot_be_removed_keeps_no_attempt_from_starting(enroot: PyxisRunt
 
 def test_what_cannot_be_started_is_not_left_unpacked(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No such file"):
-        enroot.start(request(image=image, cwd="/usr", scratch=tmp_path / "absent", log=tmp_path / "log"))
+        begun(enroot, request(image=image, cwd="/usr", scratch=tmp_path / "absent", log=tmp_path / "log"))
     assert list((tmp_path / "data").iterdir()) == []
 
 
 def test_a_path_that_enroot_cannot_mount_is_not_tried(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:
     with pytest.raises(ContainerError, match="pyxis cannot mount '/a:b'"):
-        enroot.start(request(image=image, mounts=(Mount("/a:b", "/x"),), scratch=tmp_path, log=tmp_path / "log"))
+        begun(enroot, request(image=image, mounts=(Mount("/a:b", "/x"),), scratch=tmp_path, log=tmp_path / "log"))
 
 
 def test_a_signal_of_the_step_does_not_end_a_start(enroot: PyxisRuntime, image: str, tmp_path: Path) -> None:
@@ -244,6 +249,8 @@ def test_a_signal_of_the_step_does_not_end_a_start(enroot: PyxisRuntime, image: 
         "print(signal.SIGTERM in held, signal.SIGUSR1 in held)"
     )
     log = tmp_path / "log"
-    payload = enroot.start(request(argv=("python3", "-c", program), image=image, cwd="/usr", scratch=tmp_path, log=log))
+    payload = begun(
+        enroot, request(argv=("python3", "-c", program), image=image, cwd="/usr", scratch=tmp_path, log=log)
+    )
     assert end_of(payload) == 0
     assert log.read_text() == "True True\n"

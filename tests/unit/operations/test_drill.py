@@ -59,6 +59,7 @@ def test_a_drill_that_went_well_is_certified_with_its_figures() -> None:
     ("changes", "words"),
     [
         ({"verdict": {}, "exit_codes": (137,)}, "did not react to SIGUSR1"),
+        ({"verdict": {}, "exit_codes": (75,), "unused": True}, "its image was still on the way"),
         ({"verdict": {}, "exit_codes": (75, 75)}, "cannot see whether it saved"),
         ({"verdict": {}, "over": False}, "has neither stopped nor saved"),
         ({"verdict": {}, "over": False, "told": ()}, "no agent has noted the signal"),

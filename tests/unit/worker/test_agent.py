@@ -22,6 +22,7 @@ from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
 from orchestrator.spec import parse_spec
 from orchestrator.worker import agent as agent_module
+from orchestrator.worker.decision import UNUSED
 from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node, step_cpus
 from orchestrator.worker.scheduler import LocalScheduler
 
@@ -58,6 +59,8 @@ class EndedRuntime:
 
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         return ()
+
+    def prepare(self, request: PayloadRequest) -> None: ...
 
     def start(self, request: PayloadRequest) -> Payload:
         return EndedPayload(self.code, self.early)
@@ -146,6 +149,34 @@ def test_a_notice_before_the_agent_is_ready_is_kept(tmp_path: Path, restored_sig
     agent = make_agent(tmp_path)
     agent.install_signal_handlers()
     assert agent._signals == [signal.SIGTERM]
+
+
+class SlowRuntime(EndedRuntime):
+    """Told to stop while it fetches an image."""
+
+    def prepare(self, request: PayloadRequest) -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
+        threading.Event().wait(60)
+
+    def start(self, request: PayloadRequest) -> Payload:
+        raise AssertionError("nothing may start after a notice")
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_notice_while_the_image_is_fetched_ends_the_attempt(
+    tmp_path: Path, restored_signals: None, early: bool
+) -> None:
+    agent = make_agent(tmp_path)
+    agent.runtime = SlowRuntime(0)
+    agent.install_signal_handlers()
+    if early:
+        agent.take_notice(signal.SIGTERM)
+    assert run_node(agent) == 75
+    (told,) = [event for event in read_events(agent.paths) if event["event"] == "signalled"]
+    assert (told["signals"], told["cause"]) == (["SIGTERM"], "preempted")
+    verdict = json.loads(agent.paths.node_verdict(0, 0).read_text())
+    assert (verdict["outcome"], verdict["exit_code"]) == (UNUSED, 75)
+    agent.take_notice(signal.SIGUSR1)  # a second one, later, raises nothing
 
 
 EAGER = """

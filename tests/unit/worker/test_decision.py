@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.states import ExitCode, ExitReason, JobState
-from orchestrator.worker.decision import Evidence, Outcome, decide, exit_code, judge
+from orchestrator.worker.decision import UNUSED, Evidence, Outcome, decide, exit_code, judge
 
 CAPS = {"max_requeues": 2, "time_limit": 2, "node_failure": 1, "out_of_memory": 0, "failure": 0, "hung": 1}
 
@@ -104,6 +104,17 @@ def test_the_first_failing_rank_is_quoted() -> None:
         verdict("failed", rank=1, time=2.0, message="early"),
     )
     assert judge(evidence(failures=[late, early], node_codes={0: 1})).message == "early"
+
+
+def test_a_stop_while_an_image_was_on_its_way_is_no_failure() -> None:
+    """The peers were ended for it; where nobody knows the cause, nothing is requeued, as ever."""
+    unused, killed = {"outcome": UNUSED, "reason": None}, {"outcome": "failed", "reason": None, "message": "137"}
+    found = evidence(failures=[killed, unused], node_codes={0: 137, 1: 75}, nodes=2, cause=ExitReason.PREEMPTED)
+    told = judge(found)
+    assert (told.reason, told.message) == (ExitReason.PREEMPTED, "preempted before the program had been started")
+    silent = judge(evidence(failures=[unused], node_codes={0: 75}, scheduler_silent=True))
+    assert not decide(silent, attempts=[{"exit_reason": "preempted"}], caps=CAPS, silent=True).requeue
+    assert judge(evidence(failures=[unused], node_codes={0: 75}, tombstone=True)).reason is ExitReason.CANCELLED
 
 
 def test_an_unsaved_stop_says_so() -> None:

@@ -170,6 +170,9 @@ class NoRuntime:
     def remove_leftovers(self, run_dir: str, node: str, before_attempt: int) -> Sequence[str]:
         raise AssertionError("an attempt of a cancelled run has begun")
 
+    def prepare(self, request: PayloadRequest) -> None:
+        raise AssertionError("an attempt of a cancelled run has begun")
+
     def start(self, request: PayloadRequest) -> Payload:
         raise AssertionError("an attempt of a cancelled run has begun")
 
