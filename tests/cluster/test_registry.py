@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -74,6 +77,45 @@ def test_an_image_is_fetched_before_a_run_needs_it(orch: Orch, cluster: Cluster,
     assert after["problem"] is None
     program = ("docker", "rmi") if runtime == "docker" else ("podman", "rmi")
     cluster.run(*program, "--force", pin)
+
+
+@pytest.fixture
+def silent_registry() -> Iterator[tuple[str, threading.Event]]:
+    """One that takes every connection and never says a word; with it, whether somebody has asked."""
+    asked, held = threading.Event(), []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def listen() -> None:
+            with contextlib.suppress(OSError):  # the end of the test
+                while True:
+                    held.append(server.accept()[0])
+                    asked.set()
+
+        listener = threading.Thread(target=listen, daemon=True)
+        listener.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}", asked
+        server.shutdown(socket.SHUT_RDWR)
+        listener.join(60)
+    for connection in held:
+        connection.close()
+
+
+@pytest.mark.parametrize("runtime", ["docker", "podman"])
+def test_a_notice_ends_a_pull(
+    orch: Orch, cluster: Cluster, silent_registry: tuple[str, threading.Event], runtime: str
+) -> None:
+    where, asked = silent_registry
+    image = f"{where}/somebody/python@sha256:{'1' * 64}"
+    spec = script_spec(orch, container={"runtime": runtime, "image": image}, slurm={"partition": "cancel"})
+    run = orch.submit(spec)["run_id"]
+    cluster.wait("the pull to begin", asked.is_set, timeout=60)
+    cluster.preempt(nodes=3, seconds=1)
+    cluster.wait("the second attempt", lambda: len(orch.attempts(run)) == 2, timeout=90)
+    first, _ = orch.attempts(run)
+    assert (first["exit_reason"], first["outcome"]) == ("preempted", None)
+    assert first["ended"] - orch.events(run, "signalled")[0]["at"] < 15, "the grace is 20 s"
+    orch.json("cancel", run)
+    orch.wait_for_state(run, "cancelled", timeout=60)
 
 
 @pytest.mark.parametrize("runtime", ["docker", "podman"])
