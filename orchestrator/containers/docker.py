@@ -27,6 +27,7 @@ from orchestrator.containers.payload import (
     PayloadRequest,
     PullReport,
 )
+from orchestrator.containers.process import stop_signals_held
 from orchestrator.errors import ContainerError
 
 if TYPE_CHECKING:
@@ -268,7 +269,8 @@ class DockerRuntime:
         pulling = threading.Thread(
             target=self._read_pull, args=(image, report, failed), name="docker-pull", daemon=True
         )
-        pulling.start()
+        with stop_signals_held():  # for good in this thread: signals are the agent's, also the next attempt's
+            pulling.start()
         pulling.join(_PULL_S)
         if pulling.is_alive():
             failed.append(f"it has not come within {_PULL_S} s")

@@ -7,8 +7,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,17 +15,16 @@ from pathlib import Path
 from orchestrator.containers.failures import pull_error, retried
 from orchestrator.containers.image_file import difference, file_of, sha256_of
 from orchestrator.containers.payload import PayloadRequest
-from orchestrator.containers.process import run_client, words_of
+from orchestrator.containers.process import run_client, scratch_directory, words_of
 from orchestrator.errors import ContainerError, RegistryError
 from orchestrator.files import fsync_dir, read_json, write_json
 from orchestrator.spec.images import digest_of, file_pin, repository_of
 
+_TEMPORARY = {"apptainer": "APPTAINER_TMPDIR", "pyxis": "ENROOT_TEMP_PATH"}  # of their layers, on this node
 SUFFIXES = {"apptainer": ".sif", "pyxis": ".sqsh"}
 _IMPORT_S = 3600.0
 _WAIT_S = 4500.0  # for somebody else's import, whose tries may begin two minutes late
 _LOCK_LOOK_S = 0.5
-_ABANDONED_S = 86_400.0  # no import takes so long
-_IMPORT = ".import-"
 _NAME = re.compile(r"[0-9a-f]{64}\.(sif|sqsh)")
 _DOCKER_HUB = "docker.io"
 
@@ -123,23 +120,15 @@ class ImageCache:
         except (BlockingIOError, PermissionError):
             return False
 
-    def sweep(self) -> None:
-        """Remove scratch directories of imports that were killed long ago."""
-        for path in self.directory.glob(f"{_IMPORT}*"):
-            with contextlib.suppress(OSError):  # one that has just ended, or somebody else's
-                if time.time() - path.lstat().st_mtime > _ABANDONED_S:
-                    shutil.rmtree(path)
-
     def _import(self, image: str, runtime: str) -> CachedImage:
-        self.sweep()
         path = self.path(image, runtime)
-        with tempfile.TemporaryDirectory(prefix=_IMPORT, dir=self.directory, ignore_cleanup_errors=True) as scratch:
-            partial = Path(scratch, path.name)
+        with scratch_directory(self.directory) as scratch:
+            partial = scratch / path.name
             self._run(image, runtime, partial)
             digest, size = sha256_of(partial), _made_durable(partial)
             partial.replace(path)
             fsync_dir(self.directory)
-        write_json(_description(path), {"image": image, "sha256": digest, "size_bytes": size})
+            write_json(_description(path), {"image": image, "sha256": digest, "size_bytes": size})
         return CachedImage(path, image, digest, size, time.time())
 
     @retried
@@ -149,7 +138,11 @@ class ImageCache:
         # Where the site says nothing, both would keep layers in the home directory. enroot.conf wins over the second.
         own = {"APPTAINER_CACHEDIR": layers, "XDG_CACHE_HOME": layers}
         hint = f"Import it beforehand where there is a network:  orch image pull {image} --runtime {runtime}"
-        done = run_client(command, environ={**own, **self._environ}, timeout_s=_IMPORT_S, hint=hint)
+        variable = _TEMPORARY[runtime]
+        parent = self._environ.get(variable) or self._environ.get("TMPDIR") or "/tmp"
+        with scratch_directory(Path(parent)) as temporary:
+            environ = {**own, **self._environ, variable: str(temporary)}
+            done = run_client(command, environ=environ, timeout_s=_IMPORT_S, hint=hint)
         if done.returncode != 0:
             words = words_of(done.stderr) or f"{command[0]} ended with exit code {done.returncode}"
             raise pull_error(command[0], image, words)

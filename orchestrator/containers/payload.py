@@ -113,7 +113,8 @@ class Runtime(Protocol):
     def prepare(self, request: PayloadRequest) -> None:
         """Have the image on this node, which may take an hour. Raises ContainerError.
 
-        A signal handler may raise out of it at any moment: what is half done is taken back, or completed next time.
+        A signal handler may raise out of it at any moment; then `remove_leftovers` of this very attempt removes what
+        may be left.
         """
 
     def start(self, request: PayloadRequest) -> Payload:

@@ -31,7 +31,7 @@ from orchestrator.containers.payload import (
     PayloadRequest,
     PullReport,
 )
-from orchestrator.containers.process import run_client, words_of
+from orchestrator.containers.process import run_client, scratch_directory, words_of
 from orchestrator.errors import ContainerError
 
 _COMMAND_S = 60
@@ -47,13 +47,22 @@ class Podman:
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self._environ = dict(environ)
 
+    @property
+    def temporary(self) -> Path:
+        """Where layers are while they come (podman(1), TMPDIR)."""
+        return Path(self._environ.get("TMPDIR", "/var/tmp"))
+
     def run(
-        self, *arguments: str, cwd: Path | None = None, timeout_s: float = _COMMAND_S
+        self,
+        *arguments: str,
+        cwd: Path | None = None,
+        timeout_s: float = _COMMAND_S,
+        environ: Mapping[str, str] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Its result, whatever the exit code. Raises ContainerError where it cannot be run, or does not answer."""
         hint = "Look at the disk of podman's store: `podman info`."
         argv = ["podman", *arguments]
-        return run_client(argv, environ=self._environ, timeout_s=timeout_s, hint=hint, cwd=cwd)
+        return run_client(argv, environ={**self._environ, **(environ or {})}, timeout_s=timeout_s, hint=hint, cwd=cwd)
 
     def ask(self, *arguments: str, timeout_s: float = _COMMAND_S) -> str:
         """What a command that must succeed says. Raises ContainerError."""
@@ -248,9 +257,10 @@ class PodmanRuntime:
 
     @retried
     def _pull(self, image: str) -> None:
-        done = self._podman.run("pull", "--quiet", image, timeout_s=_PULL_S)
-        if done.returncode != 0:
-            raise pull_error(self.name, image, words_of(done.stderr))
+        with scratch_directory(self._podman.temporary) as scratch:
+            done = self._podman.run("pull", "--quiet", image, timeout_s=_PULL_S, environ={"TMPDIR": str(scratch)})
+        if done.returncode != 0 or not self.has_image(image):  # one that is told to stop leaves with 0 (4.3)
+            raise pull_error(self.name, image, words_of(done.stderr) or "podman left before it had come")
 
 
 def create_arguments(request: PayloadRequest, *, rootless: bool) -> list[str]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
+import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from orchestrator.containers.payload import Payload, PayloadRequest
 from orchestrator.errors import ContainerError
 
 _KILL_WAIT_S = 10
+_ABANDONED_S = 86_400.0  # no pull and no import takes so long
+_SCRATCH = ".orch-import-"
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -31,6 +36,27 @@ def stop_signals_held() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def scratch_directory(parent: Path) -> Iterator[Path]:
+    """For what a client leaves behind when it is killed: gone at the end, whatever a signal's handler raises."""
+    parent.mkdir(parents=True, exist_ok=True)
+    sweep_scratch(parent)
+    path = Path(tempfile.mkdtemp(prefix=_SCRATCH, dir=parent))
+    try:
+        yield path
+    finally:
+        with stop_signals_held():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def sweep_scratch(parent: Path) -> None:
+    """Remove what agents that were killed themselves have left there long ago."""
+    for path in parent.glob(f"{_SCRATCH}*"):
+        with contextlib.suppress(OSError):  # one that has just ended, or somebody else's
+            if time.time() - path.lstat().st_mtime > _ABANDONED_S:
+                shutil.rmtree(path)
 
 
 def run_client(

@@ -63,7 +63,7 @@ class PyxisRuntime:
         name = container_name(request.run_dir, request.node, request.attempt)
         try:
             self._ask("create", f"--name={name}", str(path), timeout_s=_CREATE_S)
-        except BaseException:
+        except ContainerError:
             self._removed(name)  # half of one fills the disk as well
             raise
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator.containers.image_cache import SUFFIXES, CachedImage, ImageCache
 from orchestrator.containers.image_file import difference
 from orchestrator.containers.payload import PullReport, open_engine
+from orchestrator.containers.process import sweep_scratch
 from orchestrator.errors import ContainerError, RegistryError, SpecError
 from orchestrator.operations.describe import records_of
 from orchestrator.operations.record import agent_plan
@@ -104,7 +105,7 @@ def prune_images(
     doomed = _beyond(entries, *limits, keep=_digests_of_runs(root, environ))
     removed = [entry for entry in doomed if dry_run or cache.remove(entry)]
     if not dry_run:
-        cache.sweep()
+        sweep_scratch(cache.directory)
     left = [entry for entry in entries if entry not in removed]
     return PrunedImages(
         tuple(PulledImage(e.image, _runtime_of(e), str(e.path), e.size_bytes, True) for e in removed),

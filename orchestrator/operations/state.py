@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from orchestrator.backends.base import JobStatus, SchedulerState
 from orchestrator.operations.record import Record
+from orchestrator.registry.submissions import SHOWN_LATE_S
 from orchestrator.states import ExitReason, JobState
+from orchestrator.worker.decision import Evidence, judge
 
 
 @dataclass(frozen=True)
@@ -110,22 +113,44 @@ def _resolve_ended(record: Record, job: JobStatus | None) -> Standing:
         return Standing(JobState.CANCELLED, False, ExitReason.CANCELLED, "cancelled in the queue before it started")
     if stated is JobState.PREEMPTED:
         return Standing(JobState.NEEDS_RESUME, False, None, "its work is saved, but it is no longer in the queue")
-    if stated is JobState.RUNNING and (cause := _noticed(record, scheduler)) is not None:
-        words = f"{cause.message}; the job was killed before its agent had written that down"
-        return Standing(cause.state, False, cause, words)
     ending = f" (scheduler: {scheduler})" if scheduler else ""
+    if stated is JobState.RUNNING and (standing := _unwritten(record, job, ending)) is not None:
+        return standing
     return Standing(JobState.LOST, False, None, f"the job ended without a word from its agent{ending}")
 
 
-def _noticed(record: Record, scheduler: str) -> ExitReason | None:
-    """Why the newest attempt was stopped, where Slurm's KillWait was too short for more than its notice."""
+def _unwritten(record: Record, job: JobStatus | None, ending: str) -> Standing | None:
+    """The end of an attempt that is open, as the next one would write it down; None where nobody has said a word.
+
+    Slurm's KillWait may end the agent, or the script that judges, before the end is written.
+    """
+    if job is not None and job.end is not None and 0 <= time.time() - job.end < SHOWN_LATE_S:
+        return Standing(JobState.RUNNING, True, None, "its job has just ended; how is not to be seen yet")
+    mine = record.verdict.get("attempt") == record.last_attempt
+    cause = _cause(record, job.reason if job is not None else "")
+    evidence = Evidence(
+        tombstone=False,
+        verdict=record.verdict if mine else None,
+        failures=(),
+        node_codes={},
+        nodes=1,
+        started=True,
+        cause=cause,
+    )
+    outcome = judge(evidence)
+    if outcome.reason is ExitReason.NODE_FAILURE and cause is None:
+        return None
+    words = f"{outcome.message}; the job ended before its agent had written that down{ending}"
+    return Standing(outcome.reason.state, False, outcome.reason, words)
+
+
+def _cause(record: Record, scheduler: str) -> ExitReason | None:
+    """Why the newest attempt was to stop."""
     # Measured on 22.05 and 24.11: a preempted job ends as PREEMPTED, unless somebody cancels it in its grace.
     if scheduler.startswith("CANCELLED"):
         return ExitReason.CANCELLED
-    notice = record.newest("signalled")
-    if notice is None or notice.get("attempt") != record.last_attempt:
-        return None
-    return reason_of(notice.get("cause"))
+    notices = (e for e in record.events if e["event"] == "signalled" and e.get("attempt") == record.last_attempt)
+    return next((cause for e in reversed(list(notices)) if (cause := reason_of(e.get("cause"))) is not None), None)
 
 
 def _resolve_bare(record: Record) -> Standing:

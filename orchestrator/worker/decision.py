@@ -15,7 +15,7 @@ BACKOFF_GROWTH = 4
 """Each further attempt of a crash loop waits so many times longer than the one before it."""
 
 UNUSED = "unused"
-"""Outcome in the verdict of a node that was told to stop before it had started the program; none ran anywhere else."""
+"""Outcome in the verdict of a node that was told to stop before it had started the program."""
 
 _FAILED = frozenset(
     {
@@ -99,7 +99,7 @@ def judge(evidence: Evidence) -> Outcome:
         return outcome(cause)
     if said == "unsaved":
         return outcome(ExitReason.DEADLINE_MISSED, str(verdict.get("message") or "") if verdict is not None else "")
-    if any(failure["outcome"] == UNUSED for failure in evidence.failures):
+    if sum(failure["outcome"] == UNUSED for failure in evidence.failures) == evidence.nodes:
         return outcome(cause, f"{cause.message} before the program had been started")
     if evidence.cause is not None or evidence.scheduler_silent:
         return outcome(cause, f"{cause.message}; the program did not say that it has saved anything")

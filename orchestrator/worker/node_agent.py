@@ -8,7 +8,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping
@@ -87,7 +86,6 @@ class NodeAgent:
         self.events = EventLog(self.paths, f"agent-n{place.node}")
         self.notice: Notice | None = None
         self._signals: list[int] = []
-        self._wake = threading.Event()
         self._preparing = False
         self.unused = False  # told to stop before there was a program
         self._peer_failed_at: float | None = None
@@ -111,9 +109,11 @@ class NodeAgent:
             raise _ToldToStop
 
     def take_notice(self, signum: int) -> None:
-        """Note that we are to stop; PID 1 is told as soon as it is there."""
+        """Note that we are to stop; PID 1 is told as soon as it is there.
+
+        Nothing with a lock: a second signal may come while the first one's handler holds it.
+        """
         self._signals.append(signum)
-        self._wake.set()
 
     # --- life
     def run(self) -> int:
@@ -138,7 +138,8 @@ class NodeAgent:
         directory.write_config(self._launch_config(directory))
         request = self._request(directory)
         if not self._prepared(request):
-            self._pass_on(directory)
+            self._pass_on(directory)  # before what may take longer than the grace
+            self._remove_unused()
             self.unused = True
             return ExitCode.SAVED
         payload = self.runtime.start(request)
@@ -162,7 +163,19 @@ class NodeAgent:
                 self._preparing = False
         except _ToldToStop:
             return False
+        except (OrchError, OSError):
+            # One that meets a notice may be of its making; a true one is met again by the next attempt.
+            if not self._signals:
+                raise
+            return False
         return True
+
+    def _remove_unused(self) -> None:
+        """What was prepared for nothing; the run's next attempt here would remove it as well."""
+        try:
+            self.runtime.remove_leftovers(self.orders["run_dir"], self.place.node_name, self.place.attempt + 1)
+        except (OrchError, OSError) as error:
+            self.events.append("action", attempt=self.place.attempt, action="not_removed", message=str(error))
 
     def _put_away(self, payload: Payload, directory: NodeDirectory) -> None:
         """What is left to do afterwards. An engine that fails only now does not change how the program ended."""
@@ -181,8 +194,7 @@ class NodeAgent:
             code = payload.poll()
             if code is not None:
                 return code
-            self._wake.wait(_TICK_S)
-            self._wake.clear()
+            time.sleep(_TICK_S)
             if self._signals:
                 self._pass_on(directory)
             if self._stall is not None and self.notice is None and self._stall.stalled():
@@ -248,6 +260,8 @@ class NodeAgent:
         self._next_peer_look = now + _PEER_LOOK_S
         mine = self.paths.node_verdict(self.place.attempt, self.place.node)
         others = [path for path in self.paths.node_verdicts(self.place.attempt) if path != mine]
+        if self.orders["torchrun"] is None:  # commands begin one by one: one that runs has something to save
+            others = [path for path in others if read_json(path)["outcome"] != UNUSED]
         if others and self._peer_failed_at is None:
             self._peer_failed_at = now
         return self._peer_failed_at is not None and now - self._peer_failed_at > _PEER_GRACE_S

@@ -130,7 +130,7 @@ def test_a_notice_during_an_import_is_heard_at_once(orch: Orch, cluster: Cluster
     assert first["ended"] - orch.events(run, "signalled")[0]["at"] < 15, "the grace is 20 s"
     assert second["exit_reason"] == "completed"
     assert processes.of_run(run) == []
-    assert [path.name for path in (orch.root / "images").glob(".import-*")] == []
+    assert [path.name for path in (orch.root / "images").glob(".orch-import-*")] == []
 
 
 def test_what_no_registry_gives_ends_the_run_with_its_words(orch: Orch, cluster: Cluster, runtime: str) -> None:

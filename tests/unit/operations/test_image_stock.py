@@ -150,7 +150,7 @@ def test_what_a_run_may_start_from_stays(environ: dict[str, str], world: World) 
 
 def test_scratch_of_imports_that_were_killed_goes_once_it_is_old(environ: dict[str, str]) -> None:
     entry = cached(environ, pin("a"), days=1)
-    old, new = entry.path.parent / ".import-old", entry.path.parent / ".import-new"
+    old, new = entry.path.parent / ".orch-import-old", entry.path.parent / ".orch-import-new"
     for directory in (old, new):
         directory.mkdir()
     os.utime(old, (1, 1))

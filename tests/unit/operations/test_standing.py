@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator import operations
-from orchestrator.backends.base import SchedulerState
+from orchestrator.backends.base import JobStatus, SchedulerState
 from orchestrator.errors import BackendError, RunNotFound
 from orchestrator.files import write_json
 from orchestrator.registry import EventLog
@@ -87,7 +87,40 @@ def test_an_agent_killed_before_it_wrote_the_end_had_heard_the_reason(
     world.backend.set("101", ENDED, scheduler)
     status = world.status(run)
     assert status.state.value == state
-    assert state == "lost" or "killed before its agent had written" in status.message
+    assert state == "lost" or "the job ended before its agent had written that down" in status.message
+    assert f"(scheduler: {scheduler})" in status.message
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state"), [("completed", "completed"), ("saved", "needs_resume"), ("failed", "failed")]
+)
+def test_what_rank_0_said_counts_without_its_agent(world: World, outcome: str, state: str) -> None:
+    run, _ = world.running()
+    verdict = {"outcome": outcome, "attempt": 0, "rank": 0, "step": 7, "reason": "failure", "message": "said so"}
+    write_json(world.paths(run).verdict(0), verdict)
+    world.backend.set("101", ENDED, "NODE_FAIL")
+    assert world.status(run).state.value == state
+
+
+def test_a_node_that_got_no_answer_does_not_hide_what_another_one_knew(world: World) -> None:
+    run, _ = world.running()
+    log = EventLog(world.paths(run), "agent-n0")
+    log.append("signalled", attempt=0, cause="preempted")
+    log.append("signalled", attempt=0, cause=None)
+    world.backend.set("101", ENDED, "FAILED")
+    assert world.status(run).exit_reason is ExitReason.PREEMPTED
+
+
+@pytest.mark.parametrize("ago_s", [1, 60])
+def test_a_job_that_has_just_ended_may_still_have_its_say(world: World, ago_s: int) -> None:
+    """A shared disk shows the agent's last word late; nobody may act on its silence meanwhile."""
+    run, agent = world.running()
+    EventLog(world.paths(run), "agent-n0").append("signalled", attempt=0, cause="preempted")
+    world.backend.states["101"] = JobStatus(ENDED, "COMPLETED", end=time.time() - ago_s)
+    late = ago_s < 5
+    assert world.status(run).state is (JobState.RUNNING if late else JobState.NEEDS_RESUME)
+    agent.end("completed", "completed", step=9)
+    assert world.status(run).state is JobState.COMPLETED
 
 
 def test_what_an_earlier_attempt_was_told_does_not_explain_the_newest_one(world: World) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import pytest
 
 from orchestrator.containers.payload import Payload, PayloadRequest
 from orchestrator.errors import ContainerError
+from orchestrator.files import write_json
 from orchestrator.operations.submission import start_files
 from orchestrator.paths import RunPaths
 from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
 from orchestrator.spec import parse_spec
 from orchestrator.worker import agent as agent_module
+from orchestrator.worker import node_agent
 from orchestrator.worker.decision import UNUSED
 from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node, step_cpus
 from orchestrator.worker.scheduler import LocalScheduler
@@ -177,6 +180,40 @@ def test_a_notice_while_the_image_is_fetched_ends_the_attempt(
     verdict = json.loads(agent.paths.node_verdict(0, 0).read_text())
     assert (verdict["outcome"], verdict["exit_code"]) == (UNUSED, 75)
     agent.take_notice(signal.SIGUSR1)  # a second one, later, raises nothing
+
+
+@pytest.mark.parametrize("runs", ["command", "torchrun"])
+def test_a_peer_without_a_program_cuts_no_command_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runs: str
+) -> None:
+    """torchrun cannot have begun without the peer; a command has, and may be saving."""
+    agent = make_agent(tmp_path)
+    agent.place = replace(agent.place, nodes=2)
+    agent.orders = {**agent.orders, "torchrun": None if runs == "command" else {}}
+    agent.paths.node_verdict(0, 1).parent.mkdir(parents=True, exist_ok=True)
+    write_json(agent.paths.node_verdict(0, 1), {"outcome": UNUSED})
+    monkeypatch.setattr(node_agent, "_PEER_GRACE_S", -1.0)
+    assert agent._peers_have_failed() is (runs == "torchrun")
+
+
+def test_two_notices_at_once_do_not_hang_the_agent(tmp_path: Path, restored_signals: None) -> None:
+    """Slurm's TERM and the batch script's USR1 come microseconds apart; a lock in the handler would be taken twice."""
+    agent = make_agent(tmp_path)
+    agent.install_signal_handlers()
+    here = threading.get_ident()
+
+    def tell() -> None:
+        for _ in range(2000):
+            signal.pthread_kill(here, signal.SIGTERM)
+            signal.pthread_kill(here, signal.SIGUSR1)
+
+    teller = threading.Thread(target=tell)
+    teller.start()
+    polls = iter(range(10**9))
+    ended = type("Ended", (EndedPayload,), {"poll": lambda self: None if teller.is_alive() or next(polls) < 3 else 0})
+    agent._pass_on = lambda directory: agent._signals.clear()  # type: ignore[method-assign]
+    assert agent._watch(ended(0), None) == 0  # type: ignore[arg-type]
+    teller.join(60)
 
 
 EAGER = """
