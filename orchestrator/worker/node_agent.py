@@ -261,7 +261,7 @@ class NodeAgent:
         mine = self.paths.node_verdict(self.place.attempt, self.place.node)
         others = [path for path in self.paths.node_verdicts(self.place.attempt) if path != mine]
         if self.orders["torchrun"] is None:  # commands begin one by one: one that runs has something to save
-            others = [path for path in others if read_json(path)["outcome"] != UNUSED]
+            others = [path for path in others if _has_failed(path)]
         if others and self._peer_failed_at is None:
             self._peer_failed_at = now
         return self._peer_failed_at is not None and now - self._peer_failed_at > _PEER_GRACE_S
@@ -439,6 +439,14 @@ class NodeAgent:
             log=self.paths.node_log(self.place.attempt, self.place.node),
             limits=step_limits(),
         )
+
+
+def _has_failed(verdict: Path) -> bool:
+    """Of a node; one that cannot be read now is looked at again."""
+    try:
+        return bool(read_json(verdict).get("outcome") != UNUSED)
+    except (OSError, RegistryError):
+        return False
 
 
 def step_gpus(wanted: int, environ: Mapping[str, str]) -> tuple[str, ...]:
