@@ -12,7 +12,7 @@ import typer
 from orchestrator import operations
 from orchestrator.cli import out
 from orchestrator.errors import CheckpointCorrupt
-from orchestrator.operations.results import RolledBack, StoredCheckpoint
+from orchestrator.operations.checkpoint_results import RolledBack, StoredCheckpoint
 from orchestrator.paths import is_object_store
 from orchestrator.words import count, duration, size
 

@@ -23,9 +23,9 @@ from orchestrator.checkpoint import (
 )
 from orchestrator.checkpoint.manifest import CORRUPT_SUFFIX, MANIFEST_SUFFIX
 from orchestrator.errors import CheckpointCorrupt, CheckpointError, RefusedError
+from orchestrator.operations.checkpoint_results import Collected, Pulled, Pushed, RolledBack, StoredCheckpoint
 from orchestrator.operations.describe import OpenBackend
 from orchestrator.operations.record import Record, agent_plan, load_record
-from orchestrator.operations.results import Collected, Pulled, Pushed, RolledBack, StoredCheckpoint
 from orchestrator.operations.roots import find_run
 from orchestrator.operations.submission import ask_or_raise, reconcile, run_lock, translated
 from orchestrator.paths import RunPaths, is_object_store

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import ContainerError, SpecError
-from orchestrator.operations.results import BuiltImage
+from orchestrator.operations.image_results import BuiltImage
 from orchestrator.spec.images import find_lock, read_lock
 
 BUILDERS = ("podman", "docker")

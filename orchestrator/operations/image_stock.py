@@ -13,8 +13,8 @@ from orchestrator.containers.payload import PullReport, open_engine
 from orchestrator.containers.process import sweep_scratch
 from orchestrator.errors import ContainerError, RegistryError, SpecError
 from orchestrator.operations.describe import records_of
+from orchestrator.operations.image_results import CheckedImage, PrunedImages, PulledImage
 from orchestrator.operations.record import agent_plan
-from orchestrator.operations.results import CheckedImage, PrunedImages, PulledImage
 from orchestrator.operations.roots import known_roots
 from orchestrator.operations.state import is_settled
 from orchestrator.paths import RootPaths

@@ -14,7 +14,7 @@ from typing import Any
 from orchestrator.containers.image_file import sha256_of
 from orchestrator.errors import ContainerError, SpecError
 from orchestrator.files import write_atomic
-from orchestrator.operations.results import LockedImage, NamedImage
+from orchestrator.operations.image_results import LockedImage, NamedImage
 from orchestrator.spec.images import (
     LOCK_FILE,
     NAME,

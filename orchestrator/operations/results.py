@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from orchestrator.states import ExitReason, JobState
@@ -58,6 +57,8 @@ class Progress:
         """(rank, its seconds, the others' median) where one rank makes all others wait; None where none stands out."""
         if len(self.rank_seconds) < 2:
             return None
+        from statistics import median  # 3 ms that a status of one rank need not pay
+
         slowest = max(range(len(self.rank_seconds)), key=self.rank_seconds.__getitem__)
         others = median([s for rank, s in enumerate(self.rank_seconds) if rank != slowest])
         mine = self.rank_seconds[slowest]
@@ -273,84 +274,6 @@ class Certificate:
 
 
 @dataclass(frozen=True)
-class StoredCheckpoint:
-    """A committed checkpoint. Its manifest's fields are None where that cannot be read; `problem` says why it is not
-    valid; `live` is False for one that a later attempt or a rollback has left behind."""
-
-    step: int
-    epoch: int | None
-    attempt: int | None
-    path: str
-    size_bytes: int | None
-    sha256: str | None
-    valid: bool
-    committed_at: float | None
-    live: bool = True
-    problem: str | None = None
-
-    def as_json(self) -> dict[str, Any]:
-        fields = asdict(self)
-        return {name: value for name, value in fields.items() if name not in ("live", "problem")}
-
-
-@dataclass(frozen=True)
-class Pulled:
-    """A copy of a checkpoint: `path` is the file to load."""
-
-    run_id: str
-    step: int
-    path: Path
-    manifest: Path
-    size_bytes: int
-    sha256: str
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "path": str(self.path), "manifest": str(self.manifest)}
-
-
-@dataclass(frozen=True)
-class Pushed:
-    """The emergency save that is in the object store now; `step` None = there was none to bring in."""
-
-    run_id: str
-    step: int | None
-    path: str | None
-    size_bytes: int
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Collected:
-    """What `ckpt gc` has removed (would remove, with `dry_run`), and the steps that are left, newest first."""
-
-    run_id: str
-    dry_run: bool
-    removed: tuple[str, ...]
-    freed_bytes: int
-    steps_left: tuple[int, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class RolledBack:
-    """Where the next attempt goes on, and what is given up for it."""
-
-    run_id: str
-    run_dir: Path
-    step: int
-    path: str
-    checkpoints_given_up: int
-    steps_given_up: int
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "run_dir": str(self.run_dir)}
-
-
-@dataclass(frozen=True)
 class Validated:
     """Outcome of `validate`: a spec that loads, with what was noticed about it."""
 
@@ -370,86 +293,6 @@ class Validated:
             "warnings": list(self.warnings),
             "problems": [],
         }
-
-
-@dataclass(frozen=True)
-class LockedImage:
-    """Outcome of `image lock`: the reference to write into the spec."""
-
-    given: str
-    image: str
-    # "registry" (pullable anywhere) | "local" (this engine only) | "file" | "given" (a pin) | "lock" (a name's)
-    source: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class NamedImage:
-    """A name in a lock file; `before` is what it pinned until now."""
-
-    name: str
-    image: LockedImage
-    path: str
-    before: str | None
-
-    def as_json(self) -> dict[str, Any]:
-        return {"name": self.name, **self.image.as_json(), "path": self.path, "before": self.before}
-
-
-@dataclass(frozen=True)
-class BuiltImage:
-    """Outcome of `image build`: an image in the builder's store. `revision` is "" outside git."""
-
-    image: str  # the id there: sha256:…
-    tag: str
-    builder: str
-    reproducible: bool  # the same inputs give the same id
-    lock_sha256: str
-    revision: str
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PulledImage:
-    """An image that is here: as a file of the root (`path`, its size), or in an engine of this machine."""
-
-    image: str
-    runtime: str
-    path: str | None
-    size_bytes: int | None
-    was_here: bool
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class CheckedImage:
-    """Outcome of `image verify`: `problem` is None where the image is the one that its pin names."""
-
-    image: str
-    path: str | None
-    problem: str | None
-
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class PrunedImages:
-    """Outcome of `image prune`; with `dry_run`, what it would be."""
-
-    removed: tuple[PulledImage, ...]
-    freed_bytes: int
-    left_bytes: int
-    dry_run: bool
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "removed": [image.as_json() for image in self.removed]}
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from orchestrator.files import write_json
 from orchestrator.operations import checkpoints, describe, image_build
 from orchestrator.operations.checkpoints import open_run_store
 from orchestrator.operations.checkup.findings import Examined, Family, Finding, Level, SaveSeconds
-from orchestrator.operations.results import BuiltImage
+from orchestrator.operations.image_results import BuiltImage
 from orchestrator.registry import EventLog
 from orchestrator.words import duration, size
 from tests.unit.cli.conftest import Cli, World

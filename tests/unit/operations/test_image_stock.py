@@ -13,7 +13,7 @@ from orchestrator import operations
 from orchestrator.containers.image_cache import CachedImage, ImageCache
 from orchestrator.errors import RegistryError, SpecError
 from orchestrator.files import write_json
-from orchestrator.operations.results import PrunedImages
+from orchestrator.operations.image_results import PrunedImages
 from orchestrator.paths import RootPaths
 from tests.unit.operations.conftest import World
 
