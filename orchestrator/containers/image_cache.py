@@ -20,7 +20,7 @@ from orchestrator.errors import ContainerError, RegistryError
 from orchestrator.files import fsync_dir, read_json, write_json
 from orchestrator.spec.images import digest_of, file_pin, repository_of
 
-_TEMPORARY = {"apptainer": "APPTAINER_TMPDIR", "pyxis": "ENROOT_TEMP_PATH"}  # of their layers, on this node
+_TEMPORARY = {"apptainer": "APPTAINER_TMPDIR", "pyxis": "ENROOT_TEMP_PATH"}  # of their layers, on this node; or TMPDIR
 SUFFIXES = {"apptainer": ".sif", "pyxis": ".sqsh"}
 _IMPORT_S = 3600.0
 _WAIT_S = 4500.0  # for somebody else's import, whose tries may begin two minutes late
@@ -138,8 +138,9 @@ class ImageCache:
         # Where the site says nothing, both would keep layers in the home directory. enroot.conf wins over the second.
         own = {"APPTAINER_CACHEDIR": layers, "XDG_CACHE_HOME": layers}
         hint = f"Import it beforehand where there is a network:  orch image pull {image} --runtime {runtime}"
-        variable = _TEMPORARY[runtime]
-        parent = self._environ.get(variable) or self._environ.get("TMPDIR") or "/tmp"
+        # Only what is in the environment anyway is replaced by its name: it would win over a site's enroot.conf.
+        variable = _TEMPORARY[runtime] if self._environ.get(_TEMPORARY[runtime]) else "TMPDIR"
+        parent = self._environ.get(variable) or "/tmp"
         with scratch_directory(Path(parent)) as temporary:
             environ = {**own, **self._environ, variable: str(temporary)}
             done = run_client(command, environ=environ, timeout_s=_IMPORT_S, hint=hint)

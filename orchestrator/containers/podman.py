@@ -47,11 +47,6 @@ class Podman:
     def __init__(self, environ: Mapping[str, str] = os.environ) -> None:
         self._environ = dict(environ)
 
-    @property
-    def temporary(self) -> Path:
-        """Where layers are while they come (podman(1), TMPDIR)."""
-        return Path(self._environ.get("TMPDIR", "/var/tmp"))
-
     def run(
         self,
         *arguments: str,
@@ -255,9 +250,14 @@ class PodmanRuntime:
         require_registry(image)
         self._pull(image)
 
+    def _layers(self) -> Path:
+        """Where layers are while they come: podman's own word, because TMPDIR overrides a site's containers.conf."""
+        info = json.loads(self._podman.ask("info", "--format=json"))
+        return Path(info["store"].get("imageCopyTmpDir") or "/var/tmp")
+
     @retried
     def _pull(self, image: str) -> None:
-        with scratch_directory(self._podman.temporary) as scratch:
+        with scratch_directory(self._layers()) as scratch:
             done = self._podman.run("pull", "--quiet", image, timeout_s=_PULL_S, environ={"TMPDIR": str(scratch)})
         if done.returncode != 0 or not self.has_image(image):  # one that is told to stop leaves with 0 (4.3)
             raise pull_error(self.name, image, words_of(done.stderr) or "podman left before it had come")

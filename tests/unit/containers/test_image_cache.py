@@ -64,6 +64,19 @@ def test_what_is_asked_for(image: str, runtime: str, source: str) -> None:
     assert command == [*head, source]
 
 
+@pytest.mark.parametrize("variable", ["TMPDIR", "APPTAINER_TMPDIR"])
+def test_layers_are_where_the_site_says_and_go_with_the_import(tmp_path: Path, variable: str) -> None:
+    """A program's own variable would win over what its configuration file says, so one that is not set stays unset."""
+    note = f'echo "$TMPDIR|$APPTAINER_TMPDIR" >"{tmp_path}/said"; touch "${variable}/layer"'
+    stub(tmp_path, before=note)
+    environ = {"PATH": f"{tmp_path}/bin:/usr/bin:/bin", "CALLS": str(tmp_path / "calls"), variable: f"{tmp_path}/room"}
+    ImageCache(tmp_path / "images", environ).fetch(PIN, "apptainer")
+    said = dict(zip(("TMPDIR", "APPTAINER_TMPDIR"), (tmp_path / "said").read_text().strip().split("|"), strict=True))
+    assert said.pop(variable).startswith(f"{tmp_path}/room/.orch-import-")
+    assert list(said.values()) == [""]
+    assert list((tmp_path / "room").iterdir()) == []
+
+
 def test_imported_once_and_found_again(cache: ImageCache, tmp_path: Path) -> None:
     assert cache.find(PIN, "apptainer") is None
     first = cache.fetch(PIN, "apptainer")
