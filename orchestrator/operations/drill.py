@@ -198,12 +198,13 @@ def _newest(events: Iterable[Mapping[str, Any]], kind: str, **fields: object) ->
 
 
 def _told(events: Iterable[Mapping[str, Any]]) -> tuple[Told, ...]:
-    """One per node: what it was told last."""
+    """One per node: what it was told last, and since when it knew."""
     by_node: dict[str, Told] = {}
     for event in events:
         node, signals, cause = str(event.get("node")), tuple(event.get("signals") or ()), event.get("cause")
         at = float(event.get("at") or event["time"])
-        by_node[node] = Told(node, signals, cause, at, float(event.get("deadline") or at))
+        first = by_node[node].at if node in by_node else at
+        by_node[node] = Told(node, signals, cause, first, float(event.get("deadline") or at))
     return tuple(by_node[node] for node in sorted(by_node))
 
 
@@ -285,7 +286,8 @@ def _time(event: Mapping[str, Any] | None) -> float | None:
 
 
 def _between(begin: float | None, end: float | None) -> float | None:
-    return None if begin is None or end is None else round(end - begin, 3)
+    """Seconds, and none where two clocks disagree, or a signal reached the program before it reached the agent."""
+    return None if begin is None or end is None else max(0.0, round(end - begin, 3))
 
 
 def _reasons(shown: Certificate, evidence: Evidence, checked: Checked, last: DrillNews) -> Iterator[str]:

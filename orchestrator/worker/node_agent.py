@@ -85,7 +85,7 @@ class NodeAgent:
         self.paths = RunPaths(Path(orders["run_dir"]))
         self.events = EventLog(self.paths, f"agent-n{place.node}")
         self.notice: Notice | None = None
-        self._signals: list[int] = []
+        self._signals: list[tuple[int, float]] = []  # and when each came, unix seconds
         self._preparing = False
         self.unused = False  # told to stop before there was a program
         self._peer_failed_at: float | None = None
@@ -109,11 +109,11 @@ class NodeAgent:
             raise _ToldToStop
 
     def take_notice(self, signum: int) -> None:
-        """Note that we are to stop; PID 1 is told as soon as it is there.
+        """Note that we are to stop, and since when; PID 1 is told as soon as it is there.
 
         Nothing with a lock: a second signal may come while the first one's handler holds it.
         """
-        self._signals.append(signum)
+        self._signals.append((signum, time.time()))
 
     # --- life
     def run(self) -> int:
@@ -206,9 +206,9 @@ class NodeAgent:
 
     def _pass_on(self, directory: NodeDirectory) -> None:
         """Tell PID 1 at once, with a careful deadline; then ask the scheduler why, and correct the deadline."""
-        names = [signal.Signals(signum).name for signum in self._signals]
-        self._signals.clear()
-        told = time.time()
+        came = [self._signals.pop(0) for _ in range(len(self._signals))]  # another may come meanwhile, and stays
+        names = [signal.Signals(signum).name for signum, _ in came]
+        told = came[0][1]
         if self.notice is None:
             self.notice = Notice(None, told + min(_FIRST_DEADLINE_S, float(self.orders["lead_time_s"])))
             directory.write_deadline(self.notice.deadline, None)

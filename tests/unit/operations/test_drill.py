@@ -14,7 +14,8 @@ from orchestrator.checkpoint import Manifest, open_store
 from orchestrator.cli.drilled import certificate_lines
 from orchestrator.cli.view import status_lines
 from orchestrator.files import read_json, write_json
-from orchestrator.operations.drill import Checked, DrillNews, Evidence, certify
+from orchestrator.operations.drill import Checked, DrillNews, Evidence, certify, gather
+from orchestrator.operations.record import load_record
 from orchestrator.operations.results import Certificate, Signalled, Told
 from orchestrator.paths import RunPaths
 from orchestrator.registry import EventLog
@@ -53,6 +54,22 @@ def test_a_drill_that_went_well_is_certified_with_its_figures() -> None:
     assert "n1 (SIGUSR1, preempted); n2 (SIGUSR1, preempted)" in text
     assert "2.5 s of 60 s" in text
     assert "from step 40, 0 steps lost (exact)" in text
+
+
+def test_a_signal_that_reaches_the_program_before_the_agent_uses_no_grace() -> None:
+    shown = certified(verdict={**VERDICT, "time": min(told.at for told in TOLD) - 0.039})
+    assert shown.passed
+    assert shown.grace_used_s == 0
+
+
+def test_a_node_told_twice_knows_since_the_first_time(world: World) -> None:
+    run, _ = world.running()
+    drill = operations.preempt(run, open_backend=world.backend.open)
+    log = EventLog(world.paths(run), "agent-n0")
+    for at, cause in ((100.0, None), (103.0, "preempted")):
+        log.append("signalled", attempt=0, node="n1", signals=["SIGTERM"], cause=cause, at=at, deadline=at + 20)
+    (told,) = gather(load_record(world.paths(run)), drill).told
+    assert (told.at, told.deadline, told.cause) == (100.0, 123.0, "preempted")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -151,7 +152,7 @@ def test_a_notice_before_the_agent_is_ready_is_kept(tmp_path: Path, restored_sig
     signal.pthread_kill(threading.get_ident(), signal.SIGTERM)
     agent = make_agent(tmp_path)
     agent.install_signal_handlers()
-    assert agent._signals == [signal.SIGTERM]
+    assert [signum for signum, _ in agent._signals] == [signal.SIGTERM]
 
 
 class SlowRuntime(EndedRuntime):
@@ -172,11 +173,13 @@ def test_a_notice_while_the_image_is_fetched_ends_the_attempt(
     agent = make_agent(tmp_path)
     agent.runtime = SlowRuntime(0)
     agent.install_signal_handlers()
+    came = time.time() - 5
     if early:
-        agent.take_notice(signal.SIGTERM)
+        agent._signals.append((signal.SIGTERM, came))
     assert run_node(agent) == 75
     (told,) = [event for event in read_events(agent.paths) if event["event"] == "signalled"]
     assert (told["signals"], told["cause"]) == (["SIGTERM"], "preempted")
+    assert (told["at"] == came) is early, "the grace begins when the signal comes, not when it is passed on"
     verdict = json.loads(agent.paths.node_verdict(0, 0).read_text())
     assert (verdict["outcome"], verdict["exit_code"]) == (UNUSED, 75)
     agent.take_notice(signal.SIGUSR1)  # a second one, later, raises nothing
