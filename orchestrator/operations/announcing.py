@@ -38,7 +38,7 @@ def announce(ends: Iterable[tuple[Record, Standing, JobStatus | None]], *, now: 
 
 def _unsaid(record: Record, standing: Standing, job: JobStatus | None, now: float) -> dict[str, Any] | None:
     """What to tell about this run, None when there is nothing, or its agent has said it."""
-    if not _nobody_said(record, standing) or record.handle is None:
+    if not nobody_said(record, standing) or record.handle is None:
         return None
     if job is None or record.elsewhere is not None:  # without an answer of its scheduler it may well be running
         return None
@@ -52,7 +52,7 @@ def _unsaid(record: Record, standing: Standing, job: JobStatus | None, now: floa
         return None
     try:  # it may have ended, with a word, between the look at its files and the question to the scheduler
         again = load_record(paths)
-        if again.handle != record.handle or not _nobody_said(again, resolve(again, job)):
+        if again.handle != record.handle or not nobody_said(again, resolve(again, job)):
             return None
     except OrchError:
         return None
@@ -66,7 +66,8 @@ def _unsaid(record: Record, standing: Standing, job: JobStatus | None, now: floa
     }
 
 
-def _nobody_said(record: Record, standing: Standing) -> bool:
+def nobody_said(record: Record, standing: Standing) -> bool:
+    """True for a run that has ended while its files say something else, or nothing."""
     return standing.state.terminal and not standing.alive and record.stated is not standing.state
 
 

@@ -51,7 +51,7 @@ def cancel(run: str, *, root: str | Path | None = None, open_backend: OpenBacken
         record = load_record(paths)
         if record.interrupted:
             record = reconcile(record, open_backend)
-        asked, _ = ask_schedulers([record], open_backend)
+        (record,), asked, _ = ask_schedulers([record], open_backend)
         before = stand(record, asked)
         if before.state is JobState.COMPLETED:
             return _cancelled(record, "already_completed")
@@ -109,7 +109,7 @@ _NEEDS_RUNNING = {"preempt": "a drill"}
 def running_here(record: Record, open_backend: OpenBackend, verb: str) -> JobHandle:
     """The job of a run that is running and can be reached from this machine, else BackendError."""
     handle = record.handle
-    asked, silent = ask_schedulers([record], open_backend)
+    (record,), asked, silent = ask_schedulers([record], open_backend)
     standing = stand(record, asked)
     if handle is None or standing.state is not JobState.RUNNING:
         reason = f" ({silent[0]})" if silent else ""
@@ -268,7 +268,7 @@ def resume_all(
     done: list[Submitted] = []
     problems: dict[str, OrchError] = {}
     records, unreadable = records_of(places)
-    asked, _ = ask_schedulers(records, open_backend)
+    records, asked, _ = ask_schedulers(records, open_backend)
     announce_ends(records, asked)
     waiting = [record.paths for record in records if stand(record, asked).state is JobState.NEEDS_RESUME]
     for paths in upstreams_first(waiting):

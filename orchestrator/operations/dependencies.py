@@ -67,7 +67,7 @@ def settle(run_ids: Sequence[str], root: Path, own: str, backend: Backend) -> Aw
     records = [load_record(RootPaths(root).run(run_id)) for run_id in run_ids]
     for record in records:
         _must_fit(record, root, own, backend.name)
-    asked, silent = ask_schedulers(records, lambda _: backend)
+    records, asked, silent = ask_schedulers(records, lambda _: backend)
     if silent:
         raise SchedulerUnavailable(
             f"whether the runs in `after` go on is not known: {silent[0]}",

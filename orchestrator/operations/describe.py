@@ -12,7 +12,7 @@ from orchestrator.backends.base import Backend, JobHandle, JobStatus
 from orchestrator.backends.squeue import expand_nodes
 from orchestrator.errors import BackendError, OrchError, RegistryError
 from orchestrator.files import read_json
-from orchestrator.operations.announcing import announce
+from orchestrator.operations.announcing import announce, nobody_said
 from orchestrator.operations.record import Record, load_record
 from orchestrator.operations.results import Attempt, CheckpointRef, Progress, RunRow, RunStatus
 from orchestrator.operations.roots import find_run, known_roots, run_names
@@ -31,8 +31,7 @@ def status(run: str, *, root: str | Path | None = None, open_backend: OpenBacken
 
 def status_at(paths: RunPaths, *, open_backend: OpenBackend = open_backend, announcing: bool = False) -> RunStatus:
     """`status` of a run whose directory is known; `announcing` has an end told that no agent could tell."""
-    record = load_record(paths)
-    asked, silent = ask_schedulers([record], open_backend)
+    (record,), asked, silent = ask_schedulers([load_record(paths)], open_backend)
     if announcing:
         announce_ends([record], asked)
     return describe(record, asked, _as_warnings(silent))
@@ -47,8 +46,14 @@ def _as_warnings(silent: Iterable[str]) -> list[str]:
     return [f"{words}; shown is what the run directory says" for words in silent]
 
 
-def ask_schedulers(records: Iterable[Record], open_backend: OpenBackend = open_backend) -> tuple[Asked, list[str]]:
-    """One poll per backend for all runs the files do not settle, and the words of those that gave no answer."""
+def ask_schedulers(
+    records: Iterable[Record], open_backend: OpenBackend = open_backend
+) -> tuple[list[Record], Asked, list[str]]:
+    """One poll per backend for all runs the files do not settle: records, answers, and the words of silent backends.
+
+    A run may end, with a word, between the look at its files and the answer: its record is read again.
+    """
+    records = list(records)
     by_backend: dict[str, list[JobHandle]] = {}
     for record in records:
         handle = record.handle
@@ -61,7 +66,17 @@ def ask_schedulers(records: Iterable[Record], open_backend: OpenBackend = open_b
             answers.update(open_backend(name).poll(handles))
         except BackendError as error:
             silent.append(f"{name}: {error.message}")
-    return answers, silent
+    return [_up_to_date(record, answers) for record in records], answers, silent
+
+
+def _up_to_date(record: Record, asked: Asked) -> Record:
+    if _job(record, asked) is None or not nobody_said(record, stand(record, asked)):
+        return record
+    try:
+        again = load_record(record.paths)
+    except RegistryError:  # as readable as a moment ago it is not; what was read then still stands
+        return record
+    return again if again.handle == record.handle else record
 
 
 def stand(record: Record, asked: Asked) -> Standing:
@@ -218,7 +233,7 @@ def ps(
     """Runs under the root (all known roots when none is given), newest first, and warnings about unreadable ones."""
     places = [Path(root).expanduser().absolute()] if root else known_roots()
     records, unreadable = records_of(places)
-    asked, silent = ask_schedulers(records, open_backend)
+    records, asked, silent = ask_schedulers(records, open_backend)
     announce_ends(records, asked)
     warnings = [f"{run_id}: {error.message}" for run_id, error in unreadable.items()]
     wanted = set(states)

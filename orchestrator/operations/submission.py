@@ -316,7 +316,7 @@ def ask_or_raise(record: Record, open_backend: OpenBackend) -> Standing | None:
     """Where the run stands, None if it was never submitted; a silent scheduler is an error, not a guess."""
     if record.submission is None and not record.sidecar and record.last_attempt is None:
         return None
-    asked, silent = ask_schedulers([record], open_backend)
+    (record,), asked, silent = ask_schedulers([record], open_backend)
     if silent:
         raise SchedulerUnavailable(
             f"whether {record.run_id} is still in the queue is not known: {silent[0]}",

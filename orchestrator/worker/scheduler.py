@@ -12,9 +12,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
+from orchestrator.containers.process import stop_signals_held
 from orchestrator.states import ExitReason
 
 _QUESTION_S = 5.0
+_START_PATIENCE_S = 30.0  # at the start of an attempt, which a wrong address would end
 _PATIENCE_S = 60.0  # at the end of an attempt: slurmctld may be restarting, and nothing is left to be lost meanwhile
 _PAUSE_S = 2.0
 _DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5)
@@ -122,24 +124,27 @@ Runner = Callable[[Sequence[str], float], "tuple[int, str]"]
 
 
 def run_command(argv: Sequence[str], timeout_s: float) -> tuple[int, str]:
-    """(return code, stdout and stderr); 124 when it did not end in time, 127 when there is no such program."""
+    """(return code, stdout and stderr); 124 when it did not end in time, 127 when there is no such program.
+
+    A second notice, which Slurm sends to every process of the step, does not end it.
+    """
     # Seconds since 1970: a user's own format may be unreadable, and local time is ambiguous for one hour in autumn.
     environ = {**os.environ, "SLURM_TIME_FORMAT": "%s"}
     try:
-        done = subprocess.run(
-            argv,
-            env=environ,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=timeout_s,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return 124, f"{argv[0]} gave no answer within {timeout_s:g} s"
+        with stop_signals_held():
+            process = subprocess.Popen(
+                argv, env=environ, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
     except OSError as error:
         return 127, f"{argv[0]}: {error.strerror}"
-    return done.returncode, done.stdout.decode(errors="replace")
+    with process:
+        try:
+            output, _ = process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            return 124, f"{argv[0]} gave no answer within {timeout_s:g} s"
+        finally:
+            process.kill()  # nothing where it has ended
+    return process.returncode, output.decode(errors="replace")
 
 
 _NO_ANSWER = ("Unable to contact slurm controller", "Connection refused", "timed out", "Zero Bytes")
@@ -246,12 +251,12 @@ class SlurmScheduler:
 
     def node_names(self, nodelist: str) -> list[str]:
         """The names in a list such as `n[1-3]`; the list itself when Slurm cannot be asked."""
-        code, names = self._run(["scontrol", "show", "hostnames", nodelist], _QUESTION_S)
+        code, names = self._ask(["scontrol", "show", "hostnames", nodelist], _START_PATIENCE_S)
         return names.split() if code == 0 else [nodelist]
 
     def node_address(self, name: str) -> str:
         """Address of a node as Slurm knows it; its name when Slurm cannot be asked."""
-        code, output = self._run(["scontrol", "show", "node", "-o", name], _QUESTION_S)
+        code, output = self._ask(["scontrol", "show", "node", "-o", name], _START_PATIENCE_S)
         return parse_fields(output).get("NodeAddr", name) if code == 0 else name
 
     def requeue(self, delay_s: float = 0.0, grace_end: float | None = None) -> Requeued:

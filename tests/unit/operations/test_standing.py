@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from orchestrator import operations
-from orchestrator.backends.base import JobStatus, SchedulerState
+from orchestrator.backends.base import JobHandle, JobStatus, SchedulerState
 from orchestrator.errors import BackendError, RunNotFound
 from orchestrator.files import write_json
 from orchestrator.registry import EventLog
@@ -348,3 +349,27 @@ def test_an_event_of_a_later_version_is_passed_on(world: World) -> None:
     run, _ = world.running()
     EventLog(world.paths(run), "future").append("teleported", attempt=0, where="moon")
     assert world.status(run).events[-1]["where"] == "moon"
+
+
+@pytest.mark.parametrize("ask", ["status", "ps", "submit", "cancel"])
+def test_a_run_that_ends_between_the_two_looks_is_not_lost(world: World, ask: str) -> None:
+    """The files are read first; the scheduler's answer may be from after the agent's last word."""
+    run, agent = world.running()
+    poll = world.backend.poll
+
+    def ends(handles: Sequence[JobHandle]) -> dict[JobHandle, JobStatus]:
+        agent.end("completed", "completed")
+        world.backend.set("101", SchedulerState.ENDED, "COMPLETED")
+        return poll(handles)
+
+    world.backend.poll = ends  # type: ignore[method-assign]
+    if ask == "status":
+        assert world.status(run).state is JobState.COMPLETED
+    elif ask == "ps":
+        assert [row.state for row in operations.ps(root=world.root, open_backend=world.backend.open)[0]] == [
+            JobState.COMPLETED
+        ]
+    elif ask == "submit":
+        assert world.submit().action == "already_completed"
+    else:
+        assert world.cancel(run).action == "already_completed"

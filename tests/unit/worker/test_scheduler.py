@@ -175,6 +175,18 @@ def test_a_question_that_hangs_has_a_deadline() -> None:
     assert "no answer" in words
 
 
+@pytest.mark.parametrize("name", ["TERM", "USR1"])
+def test_a_second_notice_does_not_end_the_question_about_the_first(name: str) -> None:
+    """Slurm sends it to every process of the step."""
+    assert run_command(["sh", "-c", f"kill -{name} $$; echo answered"], 60) == (0, "answered\n")
+
+
+def test_an_address_is_asked_for_until_slurmctld_answers() -> None:
+    answers = [(1, "slurm_load_node error: Unable to contact slurm controller"), (124, ""), (0, "NodeAddr=10.0.0.7")]
+    scheduler = SlurmScheduler({"SLURM_JOB_ID": "7"}, run=lambda *_: answers.pop(0), sleep=lambda _: None)
+    assert scheduler.node_address("n7") == "10.0.0.7"
+
+
 def test_a_missing_program_is_an_answer() -> None:
     assert run_command(["/no/such/program"], 1.0)[0] == 127
 
