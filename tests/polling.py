@@ -9,7 +9,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def poll(condition: Callable[[], T], what: str, *, timeout: float = 20.0) -> T:
+def poll(condition: Callable[[], T], what: str, *, timeout: float = 60.0) -> T:
     """The first truthy answer; AssertionError naming `what` when none comes in time."""
     until = time.monotonic() + timeout
     while True:

@@ -424,7 +424,7 @@ class Driver:
 
     def _gone(self) -> None:
         """Nothing of the run is left: without its agent nothing may live on."""
-        poll(lambda: not self.run.processes(), "all processes of the run to end", timeout=LEAD_TIME_S + 20)
+        poll(lambda: not self.run.processes(), "all processes of the run to end", timeout=LEAD_TIME_S + 120)
 
     def _resume(self, kind: Kind, attempt: int) -> None:
         if kind.damage:

@@ -38,7 +38,7 @@ def database(directory: Path, port: int, env: Mapping[str, str]) -> Service:
     call(
         ["mariadb-install-db", "--no-defaults", f"--datadir={data}", f"--user={USER}", "--skip-test-db"],
         env=env,
-        timeout=60,
+        timeout=300,
     )
     return Service(
         name="mariadbd",
@@ -51,7 +51,7 @@ def database(directory: Path, port: int, env: Mapping[str, str]) -> Service:
         env=env,
         log=directory / "log" / "mariadbd.out",
         ready=lambda: accepts(port),
-        timeout=60,
+        timeout=300,
         user=USER,
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def accounting(directory: Path, *, port: int, database_port: int, env: Mapping[s
         env=env,
         log=directory / "log" / "slurmdbd.out",
         ready=lambda: accepts(port),
-        timeout=60,
+        timeout=300,
     )
 
 

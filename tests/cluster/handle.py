@@ -94,7 +94,7 @@ class Cluster:
     def run(
         self,
         *argv: str,
-        timeout: float = 30,
+        timeout: float = 120,
         check: bool = True,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
@@ -167,7 +167,7 @@ class Cluster:
         """Final state of a job."""
         return self.wait_state(job_id, *FINAL, timeout=timeout)["JobState"]
 
-    def wait(self, what: str, probe: Callable[[], T], *, timeout: float = 30, interval: float = 0.2) -> T:
+    def wait(self, what: str, probe: Callable[[], T], *, timeout: float = 90, interval: float = 0.2) -> T:
         """The first truthy value of `probe` (see `service.wait_for`)."""
         return wait_for(what, probe, timeout=timeout, interval=interval)
 
@@ -229,15 +229,15 @@ class Cluster:
             self.configure()
         ids = self.run("squeue", "--noheader", "--format=%A").stdout.split()
         if ids:
-            self.run("scancel", *ids, timeout=60, check=False)  # one that ends by itself meanwhile is no failure
-        self.wait("the queue to be empty", lambda: not self.run("squeue", "--noheader").stdout.strip(), timeout=60)
-        self.wait("all nodes to be idle", self._all_idle, timeout=60)
+            self.run("scancel", *ids, check=False)  # one that ends by itself meanwhile is no failure
+        self.wait("the queue to be empty", lambda: not self.run("squeue", "--noheader").stdout.strip(), timeout=180)
+        self.wait("all nodes to be idle", self._all_idle, timeout=180)
         if "DOCKER_HOST" not in self.overrides:
             return
         if left := self.containers():
-            self.run("docker", "rm", "--force", *left, timeout=60)
+            self.run("docker", "rm", "--force", *left)
         if left := self.podman_containers():
-            self.run("podman", "rm", "--force", "--time=0", *left, timeout=60)
+            self.run("podman", "rm", "--force", "--time=0", *left)
 
     def _all_idle(self) -> bool:
         states = dict(
@@ -250,7 +250,7 @@ class Cluster:
 
     def _ask(self, **request: Any) -> dict[str, Any]:
         with socket.socket(socket.AF_UNIX) as connection:
-            connection.settimeout(90)
+            connection.settimeout(300)
             connection.connect(str(self.directory / "control"))
             with connection.makefile("rw") as stream:
                 stream.write(json.dumps(request) + "\n")
@@ -266,11 +266,11 @@ def _let_go(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None and process.stdout is not None
     process.stdin.close()
     try:
-        process.wait(60)
+        process.wait(300)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-        raise ClusterError("the cluster did not end within 60 s of being told to; it was killed") from None
+        raise ClusterError("the cluster did not end within 300 s of being told to; it was killed") from None
     finally:
         process.stdout.close()
 

@@ -25,14 +25,14 @@ class Orch:
         self.root = directory / "orch"
 
     def call(
-        self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60
+        self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120
     ) -> subprocess.CompletedProcess[str]:
         """One command; the caller looks at its exit code."""
         state = {"XDG_STATE_HOME": str(self.directory / "state"), "XDG_CONFIG_HOME": str(self.directory / "config")}
         argv = [sys.executable, "-m", "orchestrator", *arguments]
         return self.cluster.run(*argv, env={**state, **(env or {})}, cwd=self.directory, timeout=timeout, check=False)
 
-    def json(self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 60) -> Any:
+    def json(self, *arguments: str, env: Mapping[str, str] | None = None, timeout: float = 120) -> Any:
         """The document of a command that must succeed."""
         done = self.call(*arguments, "--json", env=env, timeout=timeout)
         assert done.returncode == 0, f"orch {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr}"

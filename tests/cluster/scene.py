@@ -90,13 +90,24 @@ class Scene:
         (self.directory / "go").touch()
 
     def notice(self, *names: str) -> None:
-        """Signals to the agents, as a scheduler would send them."""
-        for name in names:
-            self.cluster.run("scancel", f"--signal={name}", f"{self.job}.0", check=False)  # it may have ended by then
+        """Signals to the agents, as a scheduler would send them; each is heard before the next one is sent.
 
-    def wait_signalled(self) -> None:
-        """Until an agent has recorded a notice."""
+        For a program that stands still (`PAUSE_AT`): one that works may end in between, and scancel would try again
+        until it finds the next attempt.
+        """
+        step = f"{self.job}.0"
+        for count, name in enumerate(names, 1):
+            self.cluster.run("scancel", f"--signal={name}", step)
+            self.wait_signalled(count)
+
+    def wait_signalled(self, count: int = 1) -> None:
+        """Until an agent has recorded a notice, or so many signals."""
         self.wait_event("signalled")
+        self.cluster.wait(f"signal {count}", lambda: len(self.signals()) >= count, timeout=60)
+
+    def signals(self) -> list[str]:
+        """What the agents have recorded of them."""
+        return [name for event in self.orch.events(self.run, "signalled") for name in event["signals"]]
 
     def wait_event(self, kind: str, *, timeout: float = 60) -> None:
         needle = f'"event": "{kind}"'

@@ -113,7 +113,7 @@ class Service:
     env: Mapping[str, str]
     log: Path
     ready: Callable[[], object]
-    timeout: float = 30
+    timeout: float = 120
     user: str | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
@@ -210,7 +210,7 @@ def reap(known: Iterable[int]) -> None:
                 os.waitpid(pid, os.WNOHANG)
 
 
-def end_descendants(*, timeout: float = 10, keep: Iterable[int] = ()) -> None:
+def end_descendants(*, timeout: float = 60, keep: Iterable[int] = ()) -> None:
     """SIGKILL everything below this process except `keep`, until nothing is left; blocks up to `timeout` seconds."""
     kept = set(keep)
 

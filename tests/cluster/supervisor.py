@@ -274,7 +274,7 @@ def serve(supervisor: Supervisor, listener: socket.socket, *, leash: bool) -> No
 def _serve_one(supervisor: Supervisor, listener: socket.socket) -> None:
     connection, _ = listener.accept()
     with connection, connection.makefile("rw") as stream:
-        connection.settimeout(5)
+        connection.settimeout(60)
         with suppress(OSError):  # the client went away: its loss, the cluster goes on
             stream.write(json.dumps(supervisor.answer(json.loads(stream.readline()))) + "\n")
             stream.flush()

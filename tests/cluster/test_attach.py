@@ -57,7 +57,7 @@ def assert_nothing_left(orch: Orch, run: str, *markers: str) -> None:
     programs = ("worker.observe", "worker.enter", "worker/ranks.py")
     ours = (*(f"{program} {orch.run_dir(run)}" for program in programs), *markers)
     try:
-        orch.cluster.wait("all of it to be gone", lambda: not processes(*ours), timeout=40)
+        orch.cluster.wait("all of it to be gone", lambda: not processes(*ours), timeout=120)
     except ClusterError:
         pytest.fail(f"left behind: {processes(*ours)}")
     assert not list(Path(f"/dev/shm/orch-{os.getuid()}").glob(f"{run}.*/shell-*"))
@@ -132,7 +132,7 @@ class Terminal:
             environ = {**orch.cluster.env, "XDG_STATE_HOME": str(orch.directory / "state"), "TERM": "xterm"}
             os.execve(sys.executable, [sys.executable, "-m", "orchestrator", *arguments], environ)
 
-    def until(self, words: str, timeout: float = 40) -> str:
+    def until(self, words: str, timeout: float = 120) -> str:
         end = time.monotonic() + timeout
         while words not in self.text:
             assert time.monotonic() < end, f"no {words!r} in {self.text!r}"
@@ -148,7 +148,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.fd, text.encode())
 
-    def end(self, timeout: float = 40) -> int:
+    def end(self, timeout: float = 120) -> int:
         """Exit code, once it has ended."""
         until = time.monotonic() + timeout
         while True:

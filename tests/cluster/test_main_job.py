@@ -108,8 +108,9 @@ def test_preempted_three_times_it_equals_the_untouched_run_on_another_runtime(
     done = orch.wait_for_state(run, "completed", timeout=400)
     assert done["attempt"] == 3
     assert [event["cause"] for event in orch.events(run, "signalled") if event["node"] == "n1"] == ["preempted"] * 3
-    # The grace is 20 s: a notice read wrongly would leave KillWait (10 s) or the time limit (30 min).
-    assert all(10 < event["deadline"] - event["at"] <= 61 for event in orch.events(run, "signalled"))
+    # The grace is 20 s, the drill's 60: a notice read wrongly would leave KillWait (30 s) or the time limit (30 min).
+    left = {event["attempt"]: event["deadline"] - event["at"] for event in orch.events(run, "signalled")}
+    assert 5 < left[0] < 25 and 30 < left[1] < 70 and 5 < left[2] < 25, left
     assert_no_step_was_lost_or_repeated(orch, run, IMAGES // BATCH * epochs)
     for number in range(3):
         verdict = json.loads((orch.run_dir(run) / f"verdict-{number:03d}.json").read_text())
@@ -171,10 +172,10 @@ def test_without_a_container_a_run_survives_what_slurm_does_by_default(
     orch: Orch, cluster: Cluster, digits: Path, workspace: Path, nproc: int
 ) -> None:
     """Here Slurm's SIGTERM hits every process of the step: torchrun, ranks, data workers."""
-    spec = main_job(cluster, digits, workspace, nodes=1, nproc=nproc, runtime="none")
+    spec = main_job(cluster, digits, workspace, nodes=1, nproc=nproc, runtime="none", epochs=20)
     run = orch.submit(spec)["run_id"]
     orch.wait_for_step(run, random.randint(3, 20))
     cluster.preempt(nodes=3, seconds=1)
     done = orch.wait_for_state(run, "completed", timeout=400)
     assert done["attempt"] == 1
-    assert_no_step_was_lost_or_repeated(orch, run)
+    assert_no_step_was_lost_or_repeated(orch, run, IMAGES // BATCH * 20)

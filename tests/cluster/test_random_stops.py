@@ -82,7 +82,7 @@ NOTICE = frozenset({"preempted", "deadline_missed"})
 FAILED = frozenset({"failure", "node_failure"})  # peers of whatever died complain about their connections
 KINDS = {
     "preempted": Kind(preempt, NOTICE),
-    # KillWait leaves eight seconds. Who is killed before the end is written down lost its node, for all we know.
+    # A save may outlast KillWait. Who is killed before the end is written down lost its node, for all we know.
     "requeued by an administrator": Kind(requeue, NOTICE | {"requeued_by_admin", "node_failure"}),
     "orch preempt": Kind(drill, NOTICE),
     "USR1 to the step": Kind(signal_step("USR1"), NOTICE),

@@ -54,9 +54,9 @@ def test_a_digest_of_a_registry_is_pulled_preempted_and_resumed(
     spec = script_spec(orch, PROGRAM, job=job, container={"runtime": runtime, "image": pin})
     run = orch.submit(spec)["run_id"]
     count = orch.run_dir(run) / "count"
-    cluster.wait("a few steps", lambda: count.exists() and int(count.read_text() or 0) > 5, timeout=90)
+    cluster.wait("a few steps", lambda: count.exists() and int(count.read_text() or 0) > 5, timeout=300)
     cluster.preempt(nodes=3, seconds=1)
-    cluster.wait("the second attempt", lambda: len(orch.attempts(run)) == 2, timeout=90)
+    cluster.wait("the second attempt", lambda: len(orch.attempts(run)) == 2, timeout=300)
     (orch.run_dir(run) / "enough").touch()
     orch.wait_for_state(run, "completed", timeout=90)
     assert [attempt["exit_reason"] for attempt in orch.attempts(run)] == ["preempted", "completed"]
@@ -110,7 +110,7 @@ def test_a_notice_ends_a_pull(
     run = orch.submit(spec)["run_id"]
     cluster.wait("the pull to begin", asked.is_set, timeout=60)
     cluster.preempt(nodes=3, seconds=1)
-    cluster.wait("the second attempt", lambda: len(orch.attempts(run)) == 2, timeout=90)
+    cluster.wait("the second attempt", lambda: len(orch.attempts(run)) == 2, timeout=300)
     first, _ = orch.attempts(run)
     assert (first["exit_reason"], first["outcome"]) == ("preempted", None)
     assert first["ended"] - orch.events(run, "signalled")[0]["at"] < 15, "the grace is 20 s"

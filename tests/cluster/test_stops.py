@@ -6,10 +6,12 @@ Elsewhere a row whose outcome no engine can change runs without one.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +90,17 @@ def kill_slurmd(scene: Scene) -> None:
     (node,) = scene.orch.attempts(scene.run)[0]["nodes"]
     scene.mark()
     scene.cluster.stop(node, signal="SIGKILL")
-    scene.cluster.wait("the next attempt", lambda: len(scene.orch.attempts(scene.run)) == 2, timeout=90)
-    assert not fenced(scene), "both live for a while"
-    scene.cluster.wait("the old one to be fenced", lambda: fenced(scene), timeout=60)
+    scene.cluster.wait("the next attempt", lambda: len(scene.orch.attempts(scene.run)) == 2, timeout=300)
+    scene.cluster.wait("the old one to be fenced", lambda: fenced(scene) is not None, timeout=120)
+    fenced_at = fenced(scene)
+    assert fenced_at is not None and fenced_at > scene.orch.attempts(scene.run)[1]["started"], "both live for a while"
 
 
-def fenced(scene: Scene) -> bool:
-    verdict = scene.directory / "verdict-000.json"
-    return verdict.exists() and '"fenced"' in verdict.read_text()
+def fenced(scene: Scene) -> float | None:
+    """When it was."""
+    path = scene.directory / "verdict-000.json"
+    verdict = json.loads(path.read_text()) if path.exists() else {}
+    return verdict["time"] if verdict.get("outcome") == "fenced" else None
 
 
 def kill_agent(scene: Scene) -> None:
@@ -201,7 +206,6 @@ def notice_while_paused(scene: Scene) -> None:
     scene.wait_paused()
     scene.mark()
     scene.notice("USR1")
-    scene.wait_signalled()
     scene.go()
 
 
@@ -210,19 +214,17 @@ def notice_during_the_export(scene: Scene) -> None:
     notice_while_paused(scene)
 
 
-def usr1_twice(scene: Scene) -> None:
-    scene.mark()
-    scene.notice("USR1", "USR1")
+def two_notices(*names: str) -> Callable[[Scene], None]:
+    """The second comes while the program has not answered the first."""
 
+    def act(scene: Scene) -> None:
+        scene.wait_paused()
+        scene.mark()
+        scene.notice(*names)
+        assert scene.signals() == [f"SIG{name}" for name in names]
+        scene.go()
 
-def usr1_then_term(scene: Scene) -> None:
-    scene.mark()
-    scene.notice("USR1", "TERM")
-
-
-def term_then_usr1(scene: Scene) -> None:
-    scene.mark()
-    scene.notice("TERM", "USR1")
+    return act
 
 
 def preempt_a_rank_that_hangs(scene: Scene) -> None:
@@ -265,6 +267,7 @@ RETRY = {"retry": {"failure": 1, "backoff": "1s"}}
 USER_SIGNAL = ("SlurmctldParameters=preempt_send_user_signal",)
 QOS = ("PreemptType=preempt/qos", "PreemptMode=REQUEUE", "AccountingStorageEnforce=associations,qos")
 TWO_RANKS = {"torchrun": {"nproc_per_node": 2}, "resources": {"mem": "2G", "cpus_per_task": 2, "time": "00:10:00"}}
+TWICE = paused("save", preemption={"lead_time": "90s"})
 TORCH = {"resources": {"mem": "2G", "time": "00:10:00"}}
 
 STOPS = (
@@ -481,11 +484,11 @@ STOPS = (
         by_engine=True,
     ),
     Stop(
-        "a rank hangs in a collective, no notice (watchdog.no_progress=5s)",
+        "a rank hangs in a collective, no notice (watchdog.no_progress=20s)",
         hang,
         ("hung", "completed"),
         program=COLLECTIVE,
-        spec={**TWO_RANKS, "preemption": {"lead_time": "8s"}, "watchdog": {"no_progress": "5s"}},
+        spec={**TWO_RANKS, "preemption": {"lead_time": "30s"}, "watchdog": {"no_progress": "20s"}},
         lost=EVERY_STEPS,
     ),
     Stop(
@@ -519,9 +522,16 @@ STOPS = (
     ),
     Stop("notice during a save", notice_while_paused, CAME_BACK, spec=paused("save")),
     Stop("notice during the export", notice_during_the_export, ("completed",), spec=paused("export")),
-    Stop("USR1 twice", usr1_twice, CAME_BACK),
-    Stop("USR1, then TERM", usr1_then_term, CAME_BACK),
-    Stop("TERM, then USR1", term_then_usr1, CAME_BACK, runtimes=ALL_RUNTIMES, by_engine=True),
+    Stop("USR1 twice", two_notices("USR1", "USR1"), CAME_BACK, spec=TWICE),
+    Stop("USR1, then TERM", two_notices("USR1", "TERM"), CAME_BACK, spec=TWICE),
+    Stop(
+        "TERM, then USR1",
+        two_notices("TERM", "USR1"),
+        CAME_BACK,
+        spec=TWICE,
+        runtimes=ALL_RUNTIMES,
+        by_engine=True,
+    ),
 )
 
 

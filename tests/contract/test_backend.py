@@ -46,7 +46,7 @@ class Case:
     def status(self, handle: JobHandle) -> JobStatus:
         return self.backend.poll([handle])[handle]
 
-    def wait_until(self, condition: Callable[[], bool], *, deadline_s: float = 30.0) -> None:
+    def wait_until(self, condition: Callable[[], bool], *, deadline_s: float = 120.0) -> None:
         end = time.monotonic() + deadline_s
         while not condition():
             assert time.monotonic() < end, "the condition did not come true"
