@@ -169,19 +169,18 @@ def test_the_end_of_patience_is_one_clear_error(
     proxy: Proxy, run: Run, monkeypatch: pytest.MonkeyPatch, kind: str, cause: str
 ) -> None:
     # Where it is the answer that is bad, a busy machine must have the time to give it.
-    patience_s = 1.0 if kind in (HANG, TRICKLE) else 2.5
-    monkeypatch.setattr(objects, "_LEAST_S", patience_s)
+    monkeypatch.setattr(objects, "_LEAST_S", 1.0 if kind in (HANG, TRICKLE) else 60.0)
     store = run.store()
     _, fence = take_over(store, attempt=0)
     save(store, fence, 1)
-    proxy.decide, run.patience_s = always(kind), patience_s
+    proxy.decide, run.patience_s = always(kind), 1.0
     for action in (lambda: save(store, fence, 2), lambda: take_over(store, attempt=1), store.find):
         before, began = len(proxy.requests), time.monotonic()
         with pytest.raises(CheckpointError, match=cause) as caught:
             action()
         assert "gave up after" in caught.value.message
         assert caught.value.hint
-        assert time.monotonic() - began < 10 * patience_s  # upload, taking it back, asking who owns the run
+        assert time.monotonic() - began < 60  # upload, taking it back, asking who owns the run
         assert 1 <= len(proxy.requests) - before < 100
     proxy.decide, run.patience_s = lambda request: None, 60.0
     assert run.newest() == 1
@@ -198,7 +197,7 @@ def test_a_server_that_is_gone_in_the_middle_of_a_save(proxy: Proxy, run: Run, m
     proxy.decide = lambda request: HANG if proxy.injected[HANG] or request.method == "PUT" else None
     with pytest.raises(CheckpointError, match="no answer in time"):
         save(store, fence, 2)
-    assert time.monotonic() - began < 15  # the upload, taking it back, asking who owns the run
+    assert time.monotonic() - began < 60  # the upload, taking it back, asking who owns the run
     proxy.decide = lambda request: None
     assert run.newest() == 1
 

@@ -73,7 +73,7 @@ def polled(directory: Path) -> Iterator[None]:
     assert seen["torn"] == []
     assert seen["steps"] == sorted(seen["steps"])
     assert len(seen["steps"]) > 1
-    assert seen["polls"] > 800 * seen["seconds"]
+    assert seen["polls"] > 200 * seen["seconds"]  # what a busy machine leaves of a thousand
 
 
 def load(result: Found) -> int:

@@ -48,7 +48,15 @@ def commands(*words: str) -> list[int]:
 
 def agents(run_dir: Path) -> list[int]:
     """The agents of a run, one on each of its nodes."""
-    return pythons(f"orchestrator.worker.agent node {run_dir}")
+    found = pythons(f"orchestrator.worker.agent node {run_dir}")
+    return [pid for pid in found if not _is_child_of(pid, found)]  # until it execs, a child looks like its agent
+
+
+def _is_child_of(pid: int, others: list[int]) -> bool:
+    try:
+        return parent(pid) in others
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return True
 
 
 def parent(pid: int) -> int:

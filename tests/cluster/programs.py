@@ -54,9 +54,10 @@ with session.guard():
         step += 1
         session.report(step, 0, None)
         say(session.attempt, step, WORD)
-        if session.stop_requested or step % 40 == 0:
+        stop = session.stop_requested  # once: a signal after the save is for the next step
+        if stop or step % 40 == 0:
             save()
-        if session.stop_requested:
+        if stop:
             session.stopped(step=step, epoch=0)
     save()
     pause("export")

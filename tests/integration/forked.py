@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -17,13 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from tests.cluster.service import free_port
+
 TIMEOUT_S = 120.0
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def managed_environment(run_dir: Path, *, attempt: int) -> dict[str, str]:
@@ -94,7 +89,7 @@ def run_ranks(
     TimeoutError, after ending all, when they hang.
     """
     run_dir.mkdir(parents=True, exist_ok=True)
-    port = free_port()
+    port = free_port() if world_size > 1 else 0
     pids = []
     for rank in range(world_size):
         environment = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -477,20 +478,19 @@ def test_following_goes_on_through_attempts_to_the_end(world: World) -> None:
     paths = world.paths(run)
     paths.rank_log(0, 0).write_text("one\n")
 
-    def live() -> None:
+    def live() -> Iterator[None]:
         with paths.rank_log(0, 0).open("a") as stream:
             stream.write("two\nthr")
             stream.flush()
+            yield
             stream.write("ee\n")
         agent.end("preempted", "preempted")
         agent.begin(1)
         paths.rank_log(1, 0).write_text("four\nfive")
         agent.end("completed", "completed")
 
-    timer = threading.Timer(0.3, live)
-    timer.start()
-    seen = lines(world, run, follow=True, sleep=lambda seconds: time.sleep(0.01))
-    timer.join()
+    going_on = live()
+    seen = lines(world, run, follow=True, sleep=lambda seconds: next(going_on, None))
     assert [line for line in seen if "──" not in line] == ["one", "two", "three", "four", "five"]
     assert "── attempt 1 · rank-0.log ──" in seen
 

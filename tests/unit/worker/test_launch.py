@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.files import write_json
 from orchestrator.states import ExitCode
 from orchestrator.worker import launch
 from tests.polling import poll
@@ -157,8 +158,9 @@ def test_a_program_that_ignores_signals_is_left_to_the_deadline(node: Node) -> N
 def test_a_save_whose_process_hangs_afterwards_still_counts(node: Node) -> None:
     node.start(python(PATIENT + "\ntime.sleep(60)", str(node.verdict), "saved"))
     node.ready()
-    node.deadline.write_text(json.dumps({"deadline": time.time() + 1.0}))
     node.order(b"U")
+    poll(node.verdict.exists, "the save")
+    write_json(node.deadline, {"deadline": time.time()})  # whole: PID 1 is looking already
     assert node.exit_code() == 75
 
 
@@ -180,7 +182,8 @@ def grandchildren_program(directory: Path) -> list[str]:
 def test_nothing_survives_pid_1(node: Node, end: str) -> None:
     program = grandchildren_program(node.directory)
     if end == "program ends":
-        program[-1] = program[-1].removesuffix("time.sleep(60)") + "time.sleep(0.5)"
+        wait = f"while not os.path.getsize({str(node.directory / 'pid')!r}): time.sleep(0.02)"
+        program[-1] = "import os\n" + program[-1].removesuffix("time.sleep(60)") + wait
     node.start(program)
     node.ready()
     pid = int(poll(lambda: (node.directory / "pid").read_text(), "the grandchild is up"))

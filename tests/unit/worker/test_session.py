@@ -202,17 +202,18 @@ def test_the_watchdog_acts_at_the_deadline_though_no_handler_could_run(tmp_path:
 def test_the_watchdog_ends_a_process_that_reaches_no_step_boundary(tmp_path: Path) -> None:
     """The main thread hangs in a call that never returns; the deadline still ends the process, with a verdict."""
     program = """
-import os, signal, threading, time
+import os, pathlib, signal, threading, time
+from orchestrator.files import write_json
 from orchestrator.worker.session import Session
 session = Session.start()
 session.install_signal_handlers()
 session.resume()
 session.commit(lambda file: file.write(b"x"), step=3, epoch=1)
 session.report(5, 1, None)
+write_json(pathlib.Path(os.environ["ORCH_DEADLINE_FILE"]), {"deadline": time.time() + 2.0})
 os.kill(os.getpid(), signal.SIGTERM)
 threading.Event().wait()
 """
-    (tmp_path / "deadline.json").write_text(json.dumps({"deadline": time.time() + 2.0}))
     environ = {
         "ORCH_RUN_ID": "r",
         "ORCH_RUN_DIR": str(tmp_path),
@@ -501,14 +502,24 @@ def test_old_checkpoints_go_beside_the_training_too(start: Callable[..., Session
 
 @pytest.mark.parametrize(("seconds_left", "saved"), [(None, 2), (100, 2), (0.001, 1)])
 def test_a_stop_finishes_the_save_in_flight_and_then_saves_if_time_allows(
-    tmp_path: Path, start: Callable[..., Session], seconds_left: float | None, saved: int
+    tmp_path: Path,
+    start: Callable[..., Session],
+    monkeypatch: pytest.MonkeyPatch,
+    seconds_left: float | None,
+    saved: int,
 ) -> None:
     session, held = start(), Held()
     session.resume()
     if seconds_left is not None:
         write_json(tmp_path / "deadline.json", {"deadline": time.time() + seconds_left + DEADLINE_MARGIN_S})
     session.commit_async(held.freeze, step=1, epoch=0)
-    threading.Timer(0.1, held.let.set).start()
+    finish_commit = session.finish_commit
+
+    def let_it_finish() -> None:  # from in here: a timer could be too early to find it in flight
+        held.let.set()
+        finish_commit()
+
+    monkeypatch.setattr(session, "finish_commit", let_it_finish)
     session.commit_before_leaving(lambda file: file.write(b"y"), step=2, epoch=0)
     with pytest.raises(Exited):
         session.stopped(step=2, epoch=0)
@@ -714,7 +725,7 @@ def test_after_a_save_all_ranks_of_a_managed_run_leave_with_zero(tmp_path: Path,
     said = verdict(tmp_path)
     assert (said["outcome"], said["reason"], said["step"], said["rank"]) == ("saved", "preempted", 8, 0)
     assert said["checkpoint"].endswith(".ckpt")
-    assert 2 <= said["saved_in_s"] < 10
+    assert said["saved_in_s"] >= 2
     assert barriers == [1, 1]
     assert not RunPaths(tmp_path).verdict(0, 1).exists()
 
