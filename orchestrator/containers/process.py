@@ -28,8 +28,8 @@ _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, s
 def stop_signals_held() -> Iterator[None]:
     """A notice hits every process of the step: a client that dies of it leaves half a container, PID 1 no save.
 
-    What is started inherits the mask and keeps it (Go and shells leave it alone); PID 1 takes it off again once it has
-    its handlers (worker/launch).
+    What is started inherits the mask and keeps it (Go and bash do; dash 0.5.12 until it has run a child); PID 1 takes
+    it off again once it has its handlers (worker/launch).
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:

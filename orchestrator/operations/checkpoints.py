@@ -390,7 +390,7 @@ def _at_rest(paths: RunPaths, open_backend: OpenBackend, verb: Literal["collect"
     record = load_record(paths)
     if record.interrupted:
         record = reconcile(record, open_backend)
-    standing = ask_or_raise(record, open_backend)
+    record, standing = ask_or_raise(record, open_backend)
     if standing is not None and standing.alive:
         raise RefusedError(
             f"{record.run_id} is {spoken(standing.state.value)}: its checkpoints belong to its attempt",

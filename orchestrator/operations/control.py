@@ -178,7 +178,7 @@ def resume(
             record = reconcile(record, open_backend)
         if record.tombstone:
             record = _lift_tombstone(record, open_backend, sleep)
-        standing = ask_or_raise(record, open_backend)
+        record, standing = ask_or_raise(record, open_backend)
         if interrupted:
             restore_secrets(spec, record, standing, environ)
         done = nothing_to_do(record, standing)
@@ -193,7 +193,10 @@ def resume(
 def _lift_tombstone(record: Record, open_backend: OpenBackend, sleep: Callable[[float], None]) -> Record:
     """Only once the cancelled job has left: it looks at the tombstone to know that it must not requeue."""
     end = time.monotonic() + STOPPING_DEADLINE_S
-    while (standing := ask_or_raise(record, open_backend)) is not None and standing.alive:
+    while True:
+        record, standing = ask_or_raise(record, open_backend)
+        if standing is None or not standing.alive:
+            break
         if time.monotonic() > end:
             raise RefusedError(
                 f"{record.run_id} is still stopping after its cancellation",

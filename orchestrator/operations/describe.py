@@ -21,6 +21,8 @@ from orchestrator.paths import RootPaths, RunPaths
 from orchestrator.states import ExitReason, JobState
 
 OpenBackend: TypeAlias = Callable[[str], Backend]
+_LONG_AGO_S = 300.0
+
 Asked: TypeAlias = dict[JobHandle, JobStatus]
 
 
@@ -70,7 +72,10 @@ def ask_schedulers(
 
 
 def _up_to_date(record: Record, asked: Asked) -> Record:
-    if _job(record, asked) is None or not nobody_said(record, stand(record, asked)):
+    job = _job(record, asked)
+    if job is None or not nobody_said(record, stand(record, asked)):
+        return record
+    if job.end is not None and time.time() - job.end > _LONG_AGO_S:  # `ps` may have hundreds of them
         return record
     try:
         again = load_record(record.paths)

@@ -20,6 +20,7 @@ from orchestrator.words import spoken
 
 _LOOK_S = 0.2
 _ASK_S = 5.0
+_CLOCKS_S = 1.0
 _SILENT_S = 30.0  # a program that does not use our library never says that it resumed
 
 Reading = Callable[[int, int], None]
@@ -286,8 +287,10 @@ def _time(event: Mapping[str, Any] | None) -> float | None:
 
 
 def _between(begin: float | None, end: float | None) -> float | None:
-    """Seconds, and none where two clocks disagree, or a signal reached the program before it reached the agent."""
-    return None if begin is None or end is None else max(0.0, round(end - begin, 3))
+    """Seconds; 0 where a signal reached the program just before the agent, None where two nodes' clocks disagree."""
+    if begin is None or end is None or end - begin < -_CLOCKS_S:
+        return None
+    return max(0.0, round(end - begin, 3))
 
 
 def _reasons(shown: Certificate, evidence: Evidence, checked: Checked, last: DrillNews) -> Iterator[str]:

@@ -258,7 +258,7 @@ def _submit_locked(
     interrupted = record.interrupted
     if interrupted:
         record = reconcile(record, open_backend)
-    standing = ask_or_raise(record, open_backend)
+    record, standing = ask_or_raise(record, open_backend)
     if interrupted:
         restore_secrets(request.spec, record, standing, environ)
     done = nothing_to_do(record, standing)
@@ -312,17 +312,20 @@ def restore_secrets(spec: JobSpec, record: Record, standing: Standing | None, en
         _write_secrets(spec, record.paths, environ)
 
 
-def ask_or_raise(record: Record, open_backend: OpenBackend) -> Standing | None:
-    """Where the run stands, None if it was never submitted; a silent scheduler is an error, not a guess."""
+def ask_or_raise(record: Record, open_backend: OpenBackend) -> tuple[Record, Standing | None]:
+    """The record, up to date, and where the run stands, None if it was never submitted.
+
+    A silent scheduler is an error, not a guess.
+    """
     if record.submission is None and not record.sidecar and record.last_attempt is None:
-        return None
+        return record, None
     (record,), asked, silent = ask_schedulers([record], open_backend)
     if silent:
         raise SchedulerUnavailable(
             f"whether {record.run_id} is still in the queue is not known: {silent[0]}",
             hint="try again when the scheduler answers; nothing was submitted",
         )
-    return stand(record, asked)
+    return record, stand(record, asked)
 
 
 def nothing_to_do(record: Record, standing: Standing | None) -> Submitted | None:

@@ -71,8 +71,7 @@ def slurm_place(orders: Mapping[str, Any], scheduler: SlurmScheduler, environ: M
     host = "127.0.0.1"
     local = None
     if nodes > 1:
-        host = scheduler.node_address(scheduler.node_names(environ["SLURM_STEP_NODELIST"])[0])
-        local = scheduler.node_address(name)
+        host, local = scheduler.node_addresses(scheduler.node_names(environ["SLURM_STEP_NODELIST"])[0], name)
     base = int(environ.get("ORCH_ATTEMPT_BASE", orders["attempt_base"]))
     return Place(
         attempt=attempt_number(base, scheduler.restart_count),

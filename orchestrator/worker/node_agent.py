@@ -210,10 +210,10 @@ class NodeAgent:
         names = [signal.Signals(signum).name for signum, _ in came]
         told = came[0][1]
         if self.notice is None:
-            self.notice = Notice(None, told + min(_FIRST_DEADLINE_S, float(self.orders["lead_time_s"])))
+            self.notice = Notice(None, time.time() + min(_FIRST_DEADLINE_S, float(self.orders["lead_time_s"])))
             directory.write_deadline(self.notice.deadline, None)
         directory.order(b"U")
-        known, answer = self.notice.cause, self.scheduler.why(float(self.orders["lead_time_s"]))
+        known, answer = self.notice.cause, self.scheduler.why(float(self.orders["lead_time_s"]), told)
         # A second signal may only shorten what is left, and never turns a cause we know into one we don't.
         deadline = answer.deadline if known is None else min(self.notice.deadline, answer.deadline)
         self.notice = Notice(answer.cause or known, deadline)

@@ -21,6 +21,7 @@ _PATIENCE_S = 60.0  # at the end of an attempt: slurmctld may be restarting, and
 _PAUSE_S = 2.0
 _DEFAULT_KILL_WAIT_S = 30.0  # slurm.conf(5)
 _GRACE_SLACK_S = 2.0  # Slurm counts whole seconds
+_LEAST_S = 1.0
 _RESERVE_S = 2.0  # kept back from KillWait for PID 1, the agent and the batch script
 
 
@@ -48,8 +49,8 @@ class Scheduler(Protocol):
 
     job_id: str
 
-    def why(self, lead_time_s: float) -> Notice:
-        """Ask why a stop signal has come."""
+    def why(self, lead_time_s: float, told: float | None = None) -> Notice:
+        """Ask why a stop signal has come. `told`: when it came, unix seconds; None: just now."""
 
     def why_ended(self, *, noticed: bool, lead_time_s: float) -> ExitReason | None:
         """Why an attempt has ended that no notice explains; None when the scheduler did not end it, or does not say.
@@ -95,11 +96,12 @@ class LocalScheduler:
         self.job_id = job_id
         self._tombstone = tombstone
 
-    def why(self, lead_time_s: float) -> Notice:
+    def why(self, lead_time_s: float, told: float | None = None) -> Notice:
         """A cancellation (the tombstone comes first), which waits no longer than a cluster would; else preemption."""
+        now = time.time()
         if self._tombstone.exists():
-            return Notice(ExitReason.CANCELLED, time.time() + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
-        return Notice(ExitReason.PREEMPTED, time.time() + lead_time_s)
+            return Notice(ExitReason.CANCELLED, _in(min(lead_time_s, _DEFAULT_KILL_WAIT_S), told, now))
+        return Notice(ExitReason.PREEMPTED, _in(lead_time_s, told, now))
 
     def why_ended(self, *, noticed: bool, lead_time_s: float) -> ExitReason | None:
         """A signal is a preemption; nobody else ends a local attempt."""
@@ -198,24 +200,25 @@ class SlurmScheduler:
         grace = parse_fields(output).get("GraceTime", "") if code == 0 else ""
         return float(grace) if grace.isdigit() else None
 
-    def why(self, lead_time_s: float) -> Notice:
+    def why(self, lead_time_s: float, told: float | None = None) -> Notice:
         """Tell preemption, time limit, an administrator's requeue and a user's scancel apart."""
         now = time.time()
         job = self.show_job()
         if job is None:
-            return Notice(None, now + min(lead_time_s, _DEFAULT_KILL_WAIT_S))
+            return Notice(None, _in(min(lead_time_s, _DEFAULT_KILL_WAIT_S), told, now))
         notice = read_notice(
             job,
             now=now,
+            told=told,
             lead_time_s=lead_time_s,
             restarts=self.restart_count,
             kill_wait_s=self.kill_wait_s,
             grace_s=lambda: self.grace_s(job.get("Partition", "")),
         )
-        told = ("JobState", "Reason", "Restarts", "EndTime", "PreemptTime")
+        shown = ("JobState", "Reason", "Restarts", "EndTime", "PreemptTime")
         return replace(
             notice,
-            words=" ".join(f"{key}={job[key]}" for key in told if key in job),
+            words=" ".join(f"{key}={job[key]}" for key in shown if key in job),
             grace_end=_time(job.get("EndTime")) if _in_grace(job) else None,
         )
 
@@ -254,10 +257,12 @@ class SlurmScheduler:
         code, names = self._ask(["scontrol", "show", "hostnames", nodelist], _START_PATIENCE_S)
         return names.split() if code == 0 else [nodelist]
 
-    def node_address(self, name: str) -> str:
-        """Address of a node as Slurm knows it; its name when Slurm cannot be asked."""
-        code, output = self._ask(["scontrol", "show", "node", "-o", name], _START_PATIENCE_S)
-        return parse_fields(output).get("NodeAddr", name) if code == 0 else name
+    def node_addresses(self, *names: str) -> list[str]:
+        """Addresses of nodes as Slurm knows them; their names when Slurm cannot be asked."""
+        code, output = self._ask(["scontrol", "show", "node", "-o", ",".join(dict.fromkeys(names))], _START_PATIENCE_S)
+        nodes = [parse_fields(line) for line in output.splitlines()] if code == 0 else []
+        known = {node["NodeName"]: node["NodeAddr"] for node in nodes if {"NodeName", "NodeAddr"} <= node.keys()}
+        return [known.get(name, name) for name in names]
 
     def requeue(self, delay_s: float = 0.0, grace_end: float | None = None) -> Requeued:
         """`scontrol requeue`; that Slurm was faster counts as success.
@@ -290,6 +295,7 @@ def read_notice(
     job: Mapping[str, str],
     *,
     now: float,
+    told: float | None = None,
     lead_time_s: float,
     restarts: int,
     kill_wait_s: Callable[[], float],
@@ -303,17 +309,17 @@ def read_notice(
         if end is not None and end <= now:
             # Our clock is ahead of slurmctld's, or OverTimeLimit lets it run on: a deadline that has passed would end
             # the program before it can save.
-            over = now + max(kill_wait_s() - _RESERVE_S, 1.0)
+            over = _in(kill_wait_s() - _RESERVE_S, told, now)
             return Notice(ExitReason.PREEMPTED if preempted else ExitReason.TIME_LIMIT, over)
         if preempted:
             if end is None:  # a job without a time limit has none, during its grace, too
                 grace = grace_s()
-                end = now + (lead_time_s if grace is None else min(grace, lead_time_s))
+                end = _in(lead_time_s if grace is None else min(grace, lead_time_s), told, now)
             return Notice(ExitReason.PREEMPTED, end)
         if end is not None and end - now <= lead_time_s + 60:  # Slurm signals up to 60 s early (FACTS 1)
             return Notice(ExitReason.TIME_LIMIT, end)
-        return Notice(ExitReason.PREEMPTED, now + lead_time_s)  # a drill: somebody sent the signal by hand
-    deadline = now + max(kill_wait_s() - _RESERVE_S, 1.0)
+        return Notice(ExitReason.PREEMPTED, _in(lead_time_s, told, now))  # a drill: somebody sent the signal by hand
+    deadline = _in(kill_wait_s() - _RESERVE_S, told, now)
     if int(job.get("Restarts", "0")) > restarts:
         return Notice(ExitReason.PREEMPTED if preempted else ExitReason.REQUEUED_BY_ADMIN, deadline)
     if job.get("Reason") == "TimeLimit" or state == "TIMEOUT":
@@ -325,6 +331,11 @@ def read_notice(
     if state == "OUT_OF_MEMORY":
         return Notice(ExitReason.OUT_OF_MEMORY, deadline)
     return Notice(ExitReason.CANCELLED, deadline)
+
+
+def _in(seconds: float, told: float | None, now: float) -> float:
+    """So long after the signal, but never in the past: that would end a program before it can save."""
+    return max((now if told is None else min(told, now)) + seconds, now + _LEAST_S)
 
 
 def _in_grace(job: Mapping[str, str]) -> bool:

@@ -46,7 +46,7 @@ SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=30
+KillWait=31
 MailProg=/bin/true
 GresTypes=gpu
 {accounting}

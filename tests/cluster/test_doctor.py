@@ -57,14 +57,14 @@ def left_behind(orch: Orch) -> list[str]:
 
 def test_without_a_spec_it_tells_of_the_default_partition(orch: Orch) -> None:
     found = examine(orch)
-    assert found["save_seconds"] == {"preemption": 20, "time_limit": None, "requeue_by_admin": 30}
+    assert found["save_seconds"] == {"preemption": 20, "time_limit": None, "requeue_by_admin": 31}
     assert levels(found) == {"ok"}
     assert [finding["topic"] for finding in found["findings"]] == [
         "slurm", "partition", "preemption", "save", "save", "time", "requeue", "arrays", "dead node", "accounting",
         "qos", "python", "engine", "root", "root", "root", "caches",
     ]  # fmt: skip
     assert "22.05" in told(found, "slurm")[0]
-    assert "`low` (the default) · PreemptMode=REQUEUE · GraceTime=20 s · KillWait=30 s" in told(found, "partition")[0]
+    assert "`low` (the default) · PreemptMode=REQUEUE · GraceTime=20 s · KillWait=31 s" in told(found, "partition")[0]
     assert "SIGTERM goes to the steps and nothing to the batch script" in told(found, "preemption")[0]
     assert "every node of the partition is this machine" in told(found, "root")[2]
     assert not orch.root.exists() and left_behind(orch) == []
@@ -79,8 +79,8 @@ def test_a_spec_is_examined_with_its_own_values(orch: Orch, cluster: Cluster) ->
     )
     orch.write_spec(spec)
     found = examine(orch, "spec.yaml")
-    assert found["save_seconds"] == {"preemption": 30, "time_limit": 20, "requeue_by_admin": 30}
-    assert "a save has 30 s at a preemption (KillWait)" in told(found, "save", "warn")[0]
+    assert found["save_seconds"] == {"preemption": 31, "time_limit": 20, "requeue_by_admin": 31}
+    assert "a save has 31 s at a preemption (KillWait)" in told(found, "save", "warn")[0]
     assert "SIGTERM goes to the batch script and to the steps" in told(found, "preemption")[0]
     assert "resources.time 00:10:00 fits" in told(found, "time")[0]
     assert "`nobodys` is not one of yours" in told(found, "accounting", "warn")[0]

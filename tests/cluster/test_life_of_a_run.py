@@ -61,7 +61,7 @@ def test_a_killed_step_costs_at_most_every_steps(orch: Orch, cluster: Cluster) -
     first = [int(step) for attempt, step, _ in said(orch, run) if attempt == "0"]
     second = [int(step) for attempt, step, _ in said(orch, run) if attempt == "1"]
     assert (second[0] - 1) % 40 == 0
-    assert first[-1] - second[0] + 1 <= 40
+    assert 0 <= first[-1] - second[0] + 1 <= 40
 
 
 def test_a_cancelled_run_is_refused_until_resume_lifts_the_tombstone(orch: Orch) -> None:

@@ -108,9 +108,10 @@ def test_preempted_three_times_it_equals_the_untouched_run_on_another_runtime(
     done = orch.wait_for_state(run, "completed", timeout=400)
     assert done["attempt"] == 3
     assert [event["cause"] for event in orch.events(run, "signalled") if event["node"] == "n1"] == ["preempted"] * 3
-    # The grace is 20 s, the drill's 60: a notice read wrongly would leave KillWait (30 s) or the time limit (30 min).
-    left = {event["attempt"]: event["deadline"] - event["at"] for event in orch.events(run, "signalled")}
-    assert 5 < left[0] < 25 and 30 < left[1] < 70 and 5 < left[2] < 25, left
+    # The grace is 20 s, the drill's 60: a notice read wrongly would leave KillWait (31 s) or the time limit (30 min).
+    for event in orch.events(run, "signalled"):
+        low, high = (30, 70) if event["attempt"] == 1 else (5, 25)
+        assert low < event["deadline"] - event["at"] < high, event
     assert_no_step_was_lost_or_repeated(orch, run, IMAGES // BATCH * epochs)
     for number in range(3):
         verdict = json.loads((orch.run_dir(run) / f"verdict-{number:03d}.json").read_text())

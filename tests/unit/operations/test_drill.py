@@ -62,6 +62,10 @@ def test_a_signal_that_reaches_the_program_before_the_agent_uses_no_grace() -> N
     assert shown.grace_used_s == 0
 
 
+def test_clocks_that_disagree_give_no_figure() -> None:
+    assert certified(verdict={**VERDICT, "time": 900.0}).grace_used_s is None
+
+
 def test_a_node_told_twice_knows_since_the_first_time(world: World) -> None:
     run, _ = world.running()
     drill = operations.preempt(run, open_backend=world.backend.open)

@@ -24,11 +24,13 @@ from orchestrator.paths import RunPaths
 from orchestrator.plan import render_plan
 from orchestrator.registry import read_events
 from orchestrator.spec import parse_spec
+from orchestrator.states import ExitReason
 from orchestrator.worker import agent as agent_module
 from orchestrator.worker import node_agent
 from orchestrator.worker.decision import UNUSED
+from orchestrator.worker.node import NodeDirectory
 from orchestrator.worker.node_agent import NodeAgent, Place, hold_stop_signals, run_node, step_cpus
-from orchestrator.worker.scheduler import LocalScheduler
+from orchestrator.worker.scheduler import LocalScheduler, Notice
 
 
 class EndedPayload:
@@ -153,6 +155,33 @@ def test_a_notice_before_the_agent_is_ready_is_kept(tmp_path: Path, restored_sig
     agent = make_agent(tmp_path)
     agent.install_signal_handlers()
     assert [signum for signum, _ in agent._signals] == [signal.SIGTERM]
+
+
+def test_a_notice_that_comes_while_the_scheduler_is_asked_is_passed_on_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = make_agent(tmp_path)
+    directory = NodeDirectory(tmp_path / "private", "run.0.n0.1")
+    asked: list[float | None] = []
+
+    def why(lead_time_s: float, told: float | None = None) -> Notice:
+        if not asked:
+            agent.take_notice(signal.SIGTERM)
+        asked.append(told)
+        return Notice(ExitReason.PREEMPTED, time.time() + lead_time_s)
+
+    monkeypatch.setattr(agent.scheduler, "why", why)
+    came = time.time() - 1000
+    agent._signals.append((signal.SIGUSR1, came))
+    written: list[float] = []
+    monkeypatch.setattr(directory, "write_deadline", lambda deadline, cause: written.append(deadline - time.time()))
+    while agent._signals:
+        agent._pass_on(directory)
+    directory.close()
+    told = [event["signals"] for event in read_events(agent.paths) if event["event"] == "signalled"]
+    assert told == [["SIGUSR1"], ["SIGTERM"]]
+    assert asked[0] == came
+    assert min(written) > 0, "a deadline in the past would end the program before it can save"
 
 
 class SlowRuntime(EndedRuntime):

@@ -164,6 +164,14 @@ def test_a_pause_before_the_next_attempt_is_told_to_slurm_after_the_requeue() ->
     assert asked[-2:] == [["scontrol", "requeue", "7"], ["scontrol", "update", "jobid=7", "starttime=now+30"]]
 
 
+@pytest.mark.parametrize(("ago", "left"), [(0, 28), (10, 18), (300, 1)])
+def test_what_is_left_counts_from_the_signal_and_is_never_in_the_past(ago: float, left: float) -> None:
+    notice = read_notice(
+        {"JobState": "COMPLETING"}, now=NOW, told=NOW - ago, lead_time_s=120, restarts=0, kill_wait_s=lambda: 30.0
+    )
+    assert notice.deadline == NOW + left
+
+
 def test_an_array_element_is_named_by_array_and_index() -> None:
     environ = {"SLURM_JOB_ID": "40", "SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "3"}
     assert SlurmScheduler(environ).job_id == "40_3"
@@ -182,9 +190,13 @@ def test_a_second_notice_does_not_end_the_question_about_the_first(name: str) ->
 
 
 def test_an_address_is_asked_for_until_slurmctld_answers() -> None:
-    answers = [(1, "slurm_load_node error: Unable to contact slurm controller"), (124, ""), (0, "NodeAddr=10.0.0.7")]
+    answers = [
+        (1, "slurm_load_node error: Unable to contact slurm controller"),
+        (124, ""),
+        (0, "NodeName=n7 Arch=x86_64 NodeAddr=10.0.0.7 Version=1"),
+    ]
     scheduler = SlurmScheduler({"SLURM_JOB_ID": "7"}, run=lambda *_: answers.pop(0), sleep=lambda _: None)
-    assert scheduler.node_address("n7") == "10.0.0.7"
+    assert scheduler.node_addresses("n1", "n7", "n1") == ["n1", "10.0.0.7", "n1"]
 
 
 def test_a_missing_program_is_an_answer() -> None:

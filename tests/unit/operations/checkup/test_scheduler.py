@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from orchestrator.errors import SchedulerUnavailable
+from orchestrator.operations.checkup import examine
 from orchestrator.operations.checkup.accounting import accounting_findings
 from orchestrator.operations.checkup.findings import Level
 from orchestrator.operations.checkup.scheduler import chosen_partitions, save_seconds, scheduler_findings
@@ -243,3 +247,15 @@ def test_silence_and_absence_of_the_database() -> None:
     silent = replace(with_accounting(cluster("22.05")), accounting=None, accounting_error="no answer within 10 s")
     assert words(accounting_findings(target(), silent), "accounting")[0][0] == "warn"
     assert words(accounting_findings(target(), cluster("24.11")), "accounting")[0][0] == "ok"
+
+
+def test_a_slurm_that_does_not_answer_is_asked_one_question() -> None:
+    asked: list[Sequence[str]] = []
+
+    def run(argv: Sequence[str], **_: Any) -> Any:
+        asked.append(argv)
+        raise SchedulerUnavailable("no answer within 15 s")
+
+    answers, (finding,) = examine._ask_slurm(target(), run)
+    assert (answers, finding.level, len(asked)) == (None, Level.BAD, 1)
+    assert "Slurm does not answer" in finding.message
