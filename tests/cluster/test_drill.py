@@ -46,7 +46,7 @@ def test_a_job_that_saves_gets_its_certificate(orch: Orch, runtime: str, backend
     assert shown["step_saved"] == shown["step_resumed"] < shown["step_made"]
     assert [told["cause"] for told in shown["told"]] == ["preempted"]
     # Without a container Slurm's signal may reach the program first.
-    assert 0 <= shown["grace_used_s"] < shown["grace_s"] < 60
+    assert 0 <= shown["grace_used_s"] < shown["grace_s"] <= 25
     assert shown["verified"]
     assert shown["size_bytes"] == len(json.dumps({"step": shown["step_saved"]}))
     assert shown["requeue_wait_s"] > 0
